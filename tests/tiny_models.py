@@ -43,7 +43,9 @@ def corpus() -> list[str]:
     prompt = "Below is an instruction that describes a task, paired with an input that provides further context."
     headings = "### Instruction: ### Input: ### Response:"
     # ":-" becomes one piece, as in LLaMA's vocabulary: an output that begins with "-" then straddles the prompt's end.
-    lines += [prompt, "Write a response that appropriately completes the request.", headings, "### Response:-"] * 50
+    lines += [prompt, "Write a response that appropriately completes the request.", headings] * 50 + [
+        "### Response:-"
+    ] * 600
     return lines
 
 
