@@ -118,6 +118,11 @@ def run_cli(commands: Mapping[str, Callable], default: str | None = None) -> Non
 
         # Fire sends help through a pager on a terminal; plain text is what a reader of --help expects.
         os.environ.setdefault("PAGER", "cat")
+        for function in commands.values():
+            # Fire reads values as Python: "red, blue" would become a tuple and "7" a number. A text stays a text.
+            parameters = inspect.signature(function).parameters.values()
+            texts = {p.name: str for p in parameters if p.annotation in (str, str | None, "str", "str | None")}
+            fire.decorators.SetParseFns(**texts)(function)
         result = fire.Fire(dict(commands), command=argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
     if isinstance(result, int) and not isinstance(result, bool):
         sys.exit(result)  # a command may return its exit status
@@ -341,9 +346,12 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def run_record(
-    output_dir: str | os.PathLike, settings: Mapping[str, Any], inputs: Sequence[str | os.PathLike] = ()
+    output_dir: str | os.PathLike,
+    settings: Mapping[str, Any],
+    inputs: Sequence[str | os.PathLike] = (),
+    file_name: str = "run.json",
 ) -> Iterator[dict[str, Any]]:
-    """Keeps `output_dir`/run.json: command, settings, commit, package versions, seed, input hashes, times, outcome.
+    """Keeps `output_dir`/`file_name`: command, settings, commit, package versions, seed, input hashes, times, outcome.
 
     Written with outcome "running" when the block begins and again when it ends ("finished", "interrupted" or the
     error). The block may add its own figures to the dict that it gets. Settings whose name says that they hold a
@@ -359,7 +367,7 @@ def run_record(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "outcome": "running",
     }
-    target, begin = Path(output_dir) / "run.json", time.monotonic()
+    target, begin = Path(output_dir) / file_name, time.monotonic()
     jdump(record, target)
     try:
         yield record
