@@ -15,9 +15,11 @@ import itertools
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from pair_search import PairSearch, f1_scores
 
 SHORT = 64  # tokens that fit the bits of one machine word
 
@@ -43,7 +45,7 @@ _SPACELESS = (
 
 
 class _UnicodeTable(dict):
-    """For str.translate: letters, marks and numbers stay, those of spaceless scripts alone; the rest separates words."""
+    """For str.translate: letters, marks and numbers stay, those of spaceless scripts alone; the rest parts words."""
 
     def __missing__(self, code: int) -> str:
         category = unicodedata.category(chr(code))
@@ -72,17 +74,6 @@ def unicode_tokens(text: str) -> list[str]:
 def _plain_text(text: str) -> str:
     """What is compared where a text has no token at all: its characters, without case and spacing."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.ndarray) -> np.ndarray:
-    """ROUGE-L F1 from lengths, in the order of operations of rouge_score, so that float64 results are equal bit for bit.
-
-    The three arrays broadcast; lengths are at least 1.
-    """
-    precision = lcs / pool_length
-    recall = lcs / candidate_length
-    total = precision + recall
-    return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,6 +181,10 @@ class RougeLIndex:
         best = enough[np.argsort(-scores[enough], kind="stable")[:k]]
         return [(self._texts[i], float(scores[i])) for i in best]
 
+    def near_duplicates(self, threshold: float = 0.7) -> list[tuple[int, int, float]]:
+        """Every pair of the pool with F1 above `threshold`; see the function of this name."""
+        return near_duplicates(self._texts, threshold, self._tokens is unicode_tokens)
+
     def _append(self, text: str) -> array:
         tokens = self._tokens(text)
         ids = array("q", [self._numbers.setdefault(token, len(self._numbers) + 1) for token in tokens])
@@ -251,3 +246,100 @@ def _common_subsequences(masks, m, columns, counts, size) -> np.ndarray:
         np.bitwise_or(rows, total, out=rows)
         start += n
     return m - np.bitwise_count(unmatched & every_bit).astype(np.intp)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All near duplicates of a file.
+
+_LEAF = 8192  # rows that `first_repeats` compares all with all before it halves the rest
+
+
+def near_duplicates(
+    texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False
+) -> list[tuple[int, int, float]]:
+    """Every pair of rows with F1 above `threshold`, as (i, j, F1) with i < j, sorted. Exact.
+
+    The list holds all pairs of a cluster, so that a thousand copies of one text give half a million; `first_repeats`
+    names each repeated row once. Raises ValueError for a threshold outside [0, 1).
+    """
+    search, copies = _distinct_texts(texts, threshold, unicode_dedup)
+    left, right, scores = search.pairs(np.arange(len(copies)))
+    found = [
+        (min(i, j), max(i, j), score)
+        for a, b, score in zip(left.tolist(), right.tolist(), scores.tolist(), strict=True)
+        for i in copies[a]
+        for j in copies[b]
+    ]
+    found += [(i, j, 1.0) for rows in copies for i, j in itertools.combinations(rows, 2)]
+    return sorted(found)
+
+
+def first_repeats(
+    texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False
+) -> list[tuple[int, int, float]]:
+    """The rows that self-instruct's rule drops from a file: in file order, a row goes when its F1 with an earlier row
+    that stayed is above `threshold`. Exact, as (i, j, F1) sorted by j: row j goes because of i, the first such row.
+
+    Raises ValueError for a threshold outside [0, 1).
+    """
+    search, copies = _distinct_texts(texts, threshold, unicode_dedup)
+    because: dict[int, tuple[int, float]] = {}
+
+    def keep(rows: np.ndarray) -> np.ndarray:
+        # What repeats the first half goes before the second half is compared with itself. A file of near copies
+        # shrinks to little at once, and no list of all its pairs ever exists.
+        if len(rows) > _LEAF:
+            first = keep(rows[: len(rows) // 2])
+            second = rows[len(rows) // 2 :]
+            drop(*search.pairs(first, second))
+            second = keep(second[[row not in because for row in second.tolist()]])
+            return np.concatenate([first, second])
+        drop(*search.pairs(rows))
+        return rows[[row not in because for row in rows.tolist()]]
+
+    def drop(left, right, scores):
+        for a, b, score in sorted(zip(left.tolist(), right.tolist(), scores.tolist(), strict=True), key=_later_first):
+            if a not in because and b not in because:
+                because[b] = (a, score)
+
+    keep(np.arange(len(copies)))
+    found = []
+    for distinct, rows in enumerate(copies):
+        kept, score = because.get(distinct, (distinct, 1.0))
+        gone = rows if distinct in because else rows[1:]
+        found += [(copies[kept][0], row, score) for row in gone]
+    return sorted(found, key=lambda repeat: repeat[1])
+
+
+def dedup(texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False) -> np.ndarray:
+    """Which rows stay when `first_repeats` is applied: bool of shape (len(texts),)."""
+    kept = np.ones(len(texts), bool)
+    kept[[j for _, j, _ in first_repeats(texts, threshold, unicode_dedup)]] = False
+    return kept
+
+
+def _later_first(pair):
+    return pair[1], pair[0]
+
+
+def _distinct_texts(texts, threshold, unicode_dedup) -> tuple[PairSearch, list[list[int]]]:
+    """The search over the distinct token sequences, and the rows of each, numbered in order of first appearance."""
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold is an F1 that must be exceeded, 0 <= threshold < 1; got {threshold}")
+    tokenize = unicode_tokens if unicode_dedup else rouge_tokens
+    numbers: dict[str, int] = {}
+    seen: dict[bytes | str, int] = {}
+    copies: list[list[int]] = []
+    flat, lengths = array("i"), array("i")
+    for row, text in enumerate(texts):
+        ids = array("i", [numbers.setdefault(token, len(numbers)) for token in tokenize(text)])
+        # A blank text resembles nothing, not even another one.
+        key = ids.tobytes() or _plain_text(text) or f"blank {row}"
+        distinct = seen.setdefault(key, len(copies))
+        if distinct < len(copies):
+            copies[distinct].append(row)
+        else:
+            copies.append([row])
+            flat.extend(ids)
+            lengths.append(len(ids))
+    return PairSearch(np.array(flat, np.int32), np.array(lengths, np.int64), threshold), copies
