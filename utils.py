@@ -442,3 +442,46 @@ class OpenAIDecodingArguments:
     suffix: str | None = None
     logprobs: int | None = None
     echo: bool = False
+
+
+def openai_completion(
+    prompts: Any,
+    decoding_args: OpenAIDecodingArguments,
+    model_name: str | None = None,
+    sleep_time: float = 2,
+    batch_size: int = 1,
+    max_instances: int = sys.maxsize,
+    max_batches: int = sys.maxsize,
+    return_text: bool = False,
+    **decoding_kwargs: Any,
+) -> Any:
+    """Asks an OpenAI-compatible server and returns what the original returned, over chat or completions.
+
+    prompts: a text or a chat message ({"role", "content"}) gives one completion; a list of these, or of conversations
+    (lists of messages), gives a list in the same order. With decoding_args.n > 1 each is a list of n completions. A
+    completion is its text (`return_text`) or an object with .text, .finish_reason, .total_tokens and the server's other
+    fields. OPENAI_BASE_URL and OPENAI_API_KEY choose the server; `model_name` defaults to teacher.DEFAULT_MODEL.
+    Requests run at the same time and wait as long as the server says: `sleep_time` has no use any more, and
+    `batch_size` only bounds `max_instances` through `max_batches`.
+    Raises UserError, with the server's reason, where a request cannot be answered.
+    """
+    import teacher
+
+    if decoding_args.stream:
+        raise UserError("openai_completion returns whole completions; set stream=False.")
+    single = isinstance(prompts, str | Mapping)
+    wanted = [prompts] if single else list(prompts)
+    wanted = wanted[: max_instances if max_batches == sys.maxsize else max_batches * batch_size]
+    # Values that are the API's own defaults are left out: many models refuse parameters that they do not know.
+    own_defaults = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False, "stream": False}
+    settings = {
+        name: value
+        for name, value in {**dataclasses.asdict(decoding_args), **decoding_kwargs}.items()
+        if value is not None and own_defaults.get(name) != value
+    }
+    completions = teacher.complete_all(wanted, model_name or teacher.DEFAULT_MODEL, settings)
+    if return_text:
+        completions = [[choice.text for choice in choices] for choices in completions]
+    if decoding_args.n == 1:
+        completions = [choices[0] for choices in completions]
+    return completions[0] if single else completions

@@ -1,0 +1,105 @@
+"""responses.jsonl: every raw reply of a run, on disk before anything is made of it; one writer, torn lines mended.
+
+generate_instruction.py writes it and makes all its other files from it again:
+
+    python generate_instruction.py rebuild --output_dir DIR                     # full scale: any journal
+    python -c "import reply_journal as j; print(len(j.read_records('DIR/responses.jsonl')))"       # one minute
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, fsync_dir
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """All records of a journal; a last line that a crash tore is left out. UserError names a broken line before it."""
+    return _parse(Path(path).read_bytes(), path)[0]
+
+
+def _parse(content: bytes, path: str | os.PathLike) -> tuple[list[dict[str, Any]], int]:
+    """The records, and how many bytes of `content` they fill."""
+    records, whole = [], 0
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if whole + len(line) < len(content):
+                raise UserError(f"{path}, line {number} is broken, and not by a crash: {error}") from error
+            break
+        if not line.endswith(b"\n"):
+            break
+        records.append(record)
+        whole += len(line)
+    return records, whole
+
+
+class Journal:
+    """An open journal. `records` holds what is on disk; append adds to both, and returns when the disk has it.
+
+    Raises UserError where another process has the journal open.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            # The kernel gives the lock back however the process ends, so no stale lock file can remain.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._file)
+            raise UserError(
+                f"another run is writing to {self.path.parent}. Wait for it, or choose another --output_dir."
+            ) from error
+        fsync_dir(self.path.parent)
+        content = self.path.read_bytes()
+        self.records, whole = _parse(content, self.path)
+        if whole < len(content):
+            print(f"note: the last line of {self.path} was torn by a crash and is taken out.")
+            os.ftruncate(self._file, whole)
+            os.fsync(self._file)
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[dict, asyncio.Future]] = []
+        self._writer: asyncio.Task | None = None
+
+    def append_now(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Writes records with one write and one sync."""
+        records = [dict(record) for record in records]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        # A lone surrogate in a reply is no reason to lose it.
+        data = memoryview(lines.encode("utf-8", errors="backslashreplace"))
+        with self._lock:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+            self.records.extend(records)
+
+    async def append(self, record: Mapping[str, Any]) -> None:
+        """As append_now, without holding up the event loop; replies that arrive together share one sync."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((dict(record), done))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_waiting())
+        await done
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            together, self._waiting = self._waiting, []
+            try:
+                await asyncio.to_thread(self.append_now, [record for record, _ in together])
+            except OSError as error:  # a full disk: every one of these replies must hear of it
+                for _, done in together:
+                    done.set_exception(UserError(f"{self.path} cannot be written: {error}"))
+            else:
+                for _, done in together:
+                    done.set_result(None)
+
+    def close(self) -> None:
+        os.close(self._file)
