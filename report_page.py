@@ -20,7 +20,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 24px; color: var(--ink); back
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; }
 p.note { color: var(--soft); margin: 4px 0 16px; overflow-wrap: anywhere; }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; margin: 16px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 12px; margin: 16px 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 16px; }
 .card b { display: block; font-size: 24px; }
 .card span { color: var(--soft); font-size: 13px; }
@@ -119,8 +119,8 @@ def _percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.1f} %"
 
 
-def _interval(bounds: Sequence[float]) -> str:
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
+def _interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
 
 
 def _cards(figures: dict[str, Any]) -> str:
@@ -171,14 +171,18 @@ def _pair(number: int, row: dict[str, Any]) -> str:
     elif row["win"] not in (0, 0.5, 1):
         verdict += f", preference {1 + row['win']:.3g}"
     given = f'<pre class="input">{escape(row["input"])}</pre>' if row.get("input") else ""
-    sides = "".join(
-        f'<div class="side{" better" if outcome == better else ""}"><h3>{escape(str(row[f"generator_{side}"]))} '
-        f"· {len(row[f'output_{side}'])} characters</h3><pre>{escape(row[f'output_{side}']) or '(empty)'}</pre></div>"
-        for side, better in ((1, "loss"), (2, "win"))
-    )
+    sides = "".join(_side(row, side, better=outcome == winner) for side, winner in ((1, "loss"), (2, "win")))
     return f"""<article data-outcome="{outcome}" data-category="{escape(category)}">
 <div class="meta"><span class="dot {outcome}"></span>{number} · {escape(category)} · {escape(verdict)}</div>
 <h2>{escape(row["instruction"])}</h2>{given}
 <div class="sides">{sides}</div>
 </article>
 """
+
+
+def _side(row: dict[str, Any], side: int, better: bool) -> str:
+    name, text = escape(str(row[f"generator_{side}"])), row[f"output_{side}"]
+    return (
+        f'<div class="side{" better" if better else ""}"><h3>{name} · {len(text)} characters</h3>'
+        f"<pre>{escape(text.strip()) or '(empty)'}</pre></div>"
+    )

@@ -162,9 +162,15 @@ def bootstrap_counts(groups, resamples: int, seed: int):
         done += block
 
 
-def bootstrap_interval(wins, groups, resamples: int = 10_000, seed: int = 0) -> list[float]:
-    """95 % percentile interval of the mean of `wins` (floats, one a row) when prompts are drawn with replacement."""
+def bootstrap_interval(wins, groups, resamples: int = 10_000, seed: int = 0) -> list[float] | None:
+    """95 % percentile interval of the mean of `wins` (floats, one a row) when prompts are drawn with replacement.
+
+    None where all rows are of one prompt.
+    """
     import numpy as np
+
+    if groups.max() == 0:
+        return None
 
     sums, sizes = np.bincount(groups, wins), np.bincount(groups)
     means = [(counts @ sums) / (counts @ sizes) for counts in bootstrap_counts(groups, resamples, seed)]
@@ -243,7 +249,7 @@ def table(figures: dict[str, Any]) -> str:
         if part is not figures and len(figures["categories"]) == 1:
             continue
         error = "" if part["standard_error"] is None else f"{100 * part['standard_error']:.2f}"
-        interval = " to ".join(f"{100 * bound:.1f}" for bound in part["interval"])
+        interval = " to ".join(f"{100 * bound:.1f}" for bound in part["interval"] or [])
         lines.append(
             f"{name[:24]:24} {part['wins']:5} {part['ties']:5} {part['losses']:6}  {100 * part['win_rate']:8.2f} "
             f"{error:>5}  {interval:>14}  {part['mean_length_2']:5.0f} : {part['mean_length_1']:5.0f}"
@@ -252,8 +258,6 @@ def table(figures: dict[str, Any]) -> str:
     if controlled["win_rate"] is None:
         lines.append(f"\nlength-controlled win rate: none, {controlled['reason']}")
     else:
-        low, high = (100 * bound for bound in controlled["interval"])
-        lines.append(
-            f"\nlength-controlled win rate: {100 * controlled['win_rate']:.2f} (95 % interval {low:.1f} to {high:.1f})"
-        )
+        interval = " to ".join(f"{100 * bound:.1f}" for bound in controlled["interval"])
+        lines.append(f"\nlength-controlled win rate: {100 * controlled['win_rate']:.2f} (95 % interval {interval})")
     return "\n".join(lines)
