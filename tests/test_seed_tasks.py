@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -28,8 +29,16 @@ BY_NAME = {seed["name"]: seed["instances"][0] for seed in SEEDS}
 
 def rouge_l(texts, others):
     """ROUGE-L F1 of every text with every other as rouge_score counts it: lower case, [a-z0-9] tokens, no stemming."""
-    tokens = [[re.sub(r"[^a-z0-9]+", " ", text.lower()).split() for text in group] for group in (texts, others)]
-    return np.array([[2 * LCSseq.similarity(a, b) / max(len(a) + len(b), 1) for b in tokens[1]] for a in tokens[0]])
+    code = {}  # one character per token, which is what rapidfuzz compares fastest
+
+    def encode(text):
+        return "".join(
+            chr(0x10000 + code.setdefault(token, len(code))) for token in re.findall("[a-z0-9]+", text.lower())
+        )
+
+    rows, columns = [encode(text) for text in texts], [encode(text) for text in others]
+    lengths = np.add.outer([len(row) for row in rows], [len(column) for column in columns])
+    return 2 * process.cdist(rows, columns, scorer=LCSseq.similarity, dtype=np.int32) / np.maximum(lengths, 1)
 
 
 def test_seed_file_has_the_shape_that_generation_reads():
