@@ -60,16 +60,19 @@ def next_list_header(num_tasks: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # Headers. A field header stands at the start of a line: "4. Instruction:", "**4. Input:**", "### 4) Output",
 # "Task 4: Instruction:", "Instruction:". Decoration and number are optional here; what counts is decided per reply.
+# All repetitions are bounded, so that a page of dashes costs no time.
 
 _HEADER = re.compile(
     r"""(?mix)^
-    (?P<decoration>[#>*_•\- \t]*)
-    (?:(?:task|example)[ \t]*)?
-    (?:(?:no\.?|\#)?[ \t]*(?P<number>\d{1,4})(?:[*_]*[.):：][*_]*\s+|[ \t]*[-–][ \t]*|[*_]*[ \t]+|[.)](?=[*_]*[a-z])))?
-    (?P<bold>[*_]*)
+    (?P<decoration>[#>*_•\- \t]{0,12})
+    (?:(?:task|example)[ \t]{0,3})?
+    (?:(?:no\.?|\#)?[ \t]{0,3}(?P<number>\d{1,4})
+        (?:[*_]{0,3}[.):：][*_]{0,3}\s{1,8} | [ \t]{0,3}[-–][ \t]{0,3} | [*_]{0,3}[ \t]{1,3} | [.)](?=[*_a-z]))
+    )?
+    (?P<bold>[*_]{0,3})
     (?P<field>instruction|input|output)
-    (?:[ \t]*(?P<number_after>\d{1,4}))?
-    (?:[*_]*[ \t]*[:：]|(?P<bare>[*_]*[ \t]*$))
+    (?:[ \t]{0,3}(?P<number_after>\d{1,4}))?
+    (?:[*_]{0,3}[ \t]{0,3}[:：]|(?P<bare>[*_]{0,3}[ \t]{0,12}$))
     """
 )
 # The line that the prompt itself puts between tasks.
@@ -117,6 +120,8 @@ def parse_reply(text: str, first_number: int = 1, cut: bool = False, outputs: bo
     last = len(chunks) - 1
     if cut:
         chunks = _without_cut_task(chunks)
+    elif last > 0 and _last_line(chunks[-1]) == _last_line(chunks[-2]):
+        last += 1  # the separator that stood between the tasks stands behind the last one too
     tasks = [
         _read_task(chunk, outputs, followed=position < last, numbered=numbered) for position, chunk in enumerate(chunks)
     ]
@@ -143,6 +148,10 @@ def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str]
         if not has_fields and (begins_anew or outputs):
             chunks = chunks[1:]
     return chunks, numbered
+
+
+def _last_line(text: str) -> str:
+    return text.rstrip().rsplit("\n", 1)[-1].strip()
 
 
 def _without_cut_task(chunks: list[str]) -> list[str]:
@@ -200,7 +209,10 @@ def _clean(field: str, followed: bool, titles: bool = False) -> str:
         if last.strip() and not (is_title and followed) and not (is_separator and (followed or "`" in last)):
             break
         lines.pop()
-    return re.sub(r"\s*(?<!\S)#{2,}\s*$|\s*#{3,}\s*$", "", "\n".join(lines)).strip()
+    text = "\n".join(lines).rstrip()
+    bare = text.rstrip("#")  # "... of the answer. ###": the separator, glued to the last line
+    glued = len(text) - len(bare) >= (2 if not bare or bare[-1].isspace() else 3)
+    return (bare if glued else text).strip()
 
 
 def _closes_fence(lines: Sequence[str]) -> bool:
@@ -220,7 +232,7 @@ def _read_json(text: str, outputs: bool) -> list[ParsedTask]:
     while (position := text.find("{", position)) >= 0:
         try:
             value, end = decoder.raw_decode(text, position)
-        except ValueError:
+        except (ValueError, RecursionError):
             value, end = {}, position + 1
         fields = {str(key).lower(): entry for key, entry in value.items()}
         if isinstance(fields.get("instruction"), str):
