@@ -80,6 +80,7 @@ def generate_instruction_following_data(
     price_input: float | None = None,
     price_output: float | None = None,
     batch_api: bool = False,
+    batch_poll_seconds: float = 30.0,
     dry_run: bool = False,
     change_settings: bool = False,
     overwrite: bool = False,
@@ -117,6 +118,7 @@ def generate_instruction_following_data(
         price_input: US dollars per million tokens of prompt; default configs/prices.json.
         price_output: US dollars per million tokens of reply.
         batch_api: use OpenAI's Batch API: half the price, within a day.
+        batch_poll_seconds: how often a batch's state is asked for.
         dry_run: print the first prompt, the number of requests and the estimated cost; ask nothing.
         change_settings: go on in a folder whose replies were made with other settings.
         overwrite: replace output files that this run did not write.
@@ -171,6 +173,7 @@ def generate_instruction_following_data(
         "max_concurrency": min(max_concurrency, sample_lag) if sample_from_generated else max_concurrency,
         "max_cost_usd": max_cost_usd,
         "max_requests_without_new": max_requests_without_new,
+        "batch_poll_seconds": batch_poll_seconds,
         "expected_tasks_per_request": 0.6 * room if expected_tasks_per_request is None else expected_tasks_per_request,
     }
     prompter = Prompter(seeds, settings, prompt_text)

@@ -103,7 +103,6 @@ class GenerationRun:
         self._open: deque[tuple[int, list[dict]]] = deque()  # parsed replies whose entries are not all settled
         self._to_answer: deque[dict] = deque()
         self._answers_under_way = 0
-        self._kept_after: list[int] = []  # number of kept tasks after request 0, 1, ... was settled
 
     # ------------------------------------------------------------------------------------------------------------------
     # The loop.
@@ -151,13 +150,13 @@ class GenerationRun:
         if not self._missing and self._expected() >= self.harvest.target:
             return None
         index = self._missing[0] if self._missing else self._next_index
-        settled = len(self._kept_after)
+        settled = len(self.harvest.kept_after)
         machine = []
         if self.settings["sample_from_generated"]:
             settled_needed = index - self.settings["sample_lag"] + 1
             if settled_needed > settled:
                 return None
-            kept = self._kept_after[settled_needed - 1] if settled_needed > 0 else self.harvest.imported
+            kept = self.harvest.kept_after[settled_needed - 1] if settled_needed > 0 else self.harvest.imported
             machine = self.harvest.tasks[:kept]
         prompt, names = self.prompter.prompt(index, machine)
         if not self._affordable(prompt):
@@ -170,7 +169,7 @@ class GenerationRun:
 
     def _expected(self) -> float:
         """Tasks that will be kept when all that is asked has been answered."""
-        replies = len(self._kept_after)
+        replies = len(self.harvest.kept_after)
         kept = len(self.harvest.tasks)
         a_reply = (kept - self.harvest.imported + self.limits["expected_tasks_per_request"]) / (replies + 1)
         requests = len(self._under_way) - self._answers_under_way
@@ -287,7 +286,7 @@ class GenerationRun:
         kept = sum(
             self.harvest.settle(entry, self._answers.get((entry["request"], entry["part"]))) for entry in entries
         )
-        self._kept_after.append(len(self.harvest.tasks))
+        self.harvest.kept_after.append(len(self.harvest.tasks))
         self._without_new = 0 if kept or "text" not in self._arrived[index] else self._without_new + 1
         if self._without_new >= self.limits["max_requests_without_new"]:
             self._stop("nothing new")

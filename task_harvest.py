@@ -39,6 +39,7 @@ class Harvest:
         self.imported = len(self.tasks)
         self.rejections: list[dict[str, Any]] = []
         self.parsed = 0
+        self.kept_after: list[int] = []  # number of kept tasks after request 0, 1, ... was settled
         self.index = RougeLIndex(
             [seed["instruction"] for seed in seeds] + [task["instruction"] for task in self.tasks],
             unicode_dedup=bool(settings.get("unicode_dedup")),
@@ -162,8 +163,11 @@ def harvest_journal(records: Sequence[Mapping[str, Any]]) -> Harvest:
     for reply in replies_in_order(records):
         if harvest.full:
             break
+        # A request without a trace changed nothing.
+        harvest.kept_after.extend([len(harvest.tasks)] * (reply["index"] - len(harvest.kept_after)))
         for entry in harvest.read(reply):
             answer = answers.get((entry["request"], entry["part"]))
             if "reason" in entry or answer or not separate:
                 harvest.settle(entry, answer)
+        harvest.kept_after.append(len(harvest.tasks))
     return harvest

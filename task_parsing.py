@@ -94,7 +94,7 @@ class _Header:
 
 
 def _headers(text: str) -> list[_Header]:
-    found = []
+    found, numbered_after = [], []
     for match in _HEADER.finditer(text):
         marks = match["decoration"] + match["bold"]
         if match["bare"] is not None and "#" not in marks and "*" not in marks:
@@ -104,6 +104,11 @@ def _headers(text: str) -> list[_Header]:
         if "*" in marks or "_" in marks:
             end += len(text[end : end + 3]) - len(text[end : end + 3].lstrip("*_"))  # the bold's end: "**4. Input:**"
         found.append(_Header(match.start(), end, match["field"].lower(), int(number) if number else None))
+        if match["number_after"]:
+            numbered_after.append(found[-1])
+    # "Instruction 1:" beside "4. Output:" is a line of an answer.
+    if any(h.number is not None and h.field != "instruction" and h not in numbered_after for h in found):
+        found = [header for header in found if header not in numbered_after]
     return found
 
 

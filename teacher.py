@@ -160,7 +160,15 @@ class Gate:
             await asyncio.sleep(random.uniform(0, min(1.0, self._waited_for / 10)))
 
 
-_attempt: contextvars.ContextVar[asyncio.Timeout | None] = contextvars.ContextVar("attempt", default=None)
+@dataclasses.dataclass
+class _Attempt:
+    """One sending of a request. The SDK's own retries reuse it."""
+
+    timeout: asyncio.Timeout
+    answered: bool = True
+
+
+_attempt: contextvars.ContextVar[_Attempt | None] = contextvars.ContextVar("attempt", default=None)
 
 
 class Teacher:
@@ -198,7 +206,7 @@ class Teacher:
         self.settings.update(extra or {})
         self.max_tokens = max_tokens
         self._length_name = "max_completion_tokens" if self.official else "max_tokens"
-        self._dropped: set[str] = set()
+        self.dropped: set[str] = set()
         self.counts: Counter[str] = Counter()  # what went wrong and was handled
         self.answered = 0
         self.gate = Gate()
@@ -232,15 +240,19 @@ class Teacher:
     async def _before_request(self, request) -> None:
         await self.gate.wait()
         if attempt := _attempt.get():
+            if not attempt.answered:
+                self.counts["connection lost"] += 1
+            attempt.answered = False
             # A server that drips a byte a second never meets a read timeout; the whole attempt has one.
-            attempt.reschedule(asyncio.get_running_loop().time() + self.request_timeout)
+            attempt.timeout.reschedule(asyncio.get_running_loop().time() + self.request_timeout)
 
     async def _after_response(self, response) -> None:
         if response.status_code < 400:
             return
-        if attempt := _attempt.get():
-            attempt.reschedule(None)  # the SDK now waits before it tries again
         await response.aread()
+        if attempt := _attempt.get():
+            attempt.answered = True
+            attempt.timeout.reschedule(None)  # the SDK now waits before it tries again
         if response.status_code == 429:
             if _error_code(response) in _QUOTA_CODES:
                 response.headers["x-should-retry"] = "false"  # no wait brings back an exhausted quota
@@ -259,7 +271,7 @@ class Teacher:
         try:
             found = await self._client.models.retrieve(self.model)
         except openai.APIStatusError as error:
-            self._stop_if_permanent(error)
+            self.stop_if_permanent(error)
         except openai.APIConnectionError as error:
             raise self._unreachable(error) from error
         else:
@@ -268,7 +280,7 @@ class Teacher:
     async def ask(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None) -> Reply:
         """One reply to a prompt, or to chat messages. `stop` goes to completion models only: chat models end by
         themselves, and reasoning models refuse it."""
-        return self._read_reply(await self.post(prompt, stop), prompt)
+        return self.read_reply(await self.post(prompt, stop), prompt)
 
     async def post(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None) -> dict:
         """As ask, but returns the server's JSON object, which has a choice, with "_request_id" and "_seconds"."""
@@ -279,8 +291,8 @@ class Teacher:
         while True:
             path, body = self.request(prompt, stop, room)
             try:
-                async with asyncio.timeout(self.request_timeout) as attempt:
-                    before = _attempt.set(attempt)
+                async with asyncio.timeout(self.request_timeout) as timeout:
+                    before = _attempt.set(_Attempt(timeout))
                     try:
                         response = await self._client.post(path, body=body, cast_to=httpx2.Response)
                     finally:
@@ -297,7 +309,7 @@ class Teacher:
             except (TimeoutError, openai.APITimeoutError):
                 kind, reason = "timeout", f"no whole reply within {self.request_timeout:g} s"
             except openai.RateLimitError as error:
-                self._stop_if_permanent(error)
+                self.stop_if_permanent(error)
                 wait = _retry_after(error.response.headers)
                 patience -= max(wait, 1.0)
                 if patience < 0:
@@ -332,10 +344,10 @@ class Teacher:
         else:
             path = "/chat/completions"
             content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)}
-        sent = {name: value for name, value in settings.items() if value is not None and name not in self._dropped}
+        sent = {name: value for name, value in settings.items() if value is not None and name not in self.dropped}
         return path, {"model": self.model, **content, **sent}
 
-    def _read_reply(self, data: dict, prompt: str | Sequence[Mapping[str, str]]) -> Reply:
+    def read_reply(self, data: dict, prompt: str | Sequence[Mapping[str, str]]) -> Reply:
         choice = data["choices"][0]
         message = choice.get("message") or {}
         text = choice.get("text") or message.get("content") or ""
@@ -364,7 +376,7 @@ class Teacher:
         if error.status_code in (404, 405) or "chat template" in message.lower():
             if self._switch_api(body, message):
                 return room
-        self._stop_if_permanent(error)
+        self.stop_if_permanent(error)
         too_long = code == "context_length_exceeded" or re.search(
             r"(?i)context (length|size|window)|reduce (your prompt|the length)|max_\w*tokens is too large", message
         )
@@ -385,8 +397,8 @@ class Teacher:
         if not refused:
             raise UserError(f"{self.url} refuses the request ({error.status_code}): {message}") from error
         for name in refused:
-            if name not in self._dropped:
-                self._dropped.add(name)
+            if name not in self.dropped:
+                self.dropped.add(name)
                 self._warn(f"{self.model} refuses {name}={body[name]!r}; it is left out from here on")
         return room
 
@@ -403,7 +415,7 @@ class Teacher:
         self._warn(f"{self.model} at {self.url} has no chat; the completions endpoint is used")
         return True
 
-    def _stop_if_permanent(self, error) -> None:
+    def stop_if_permanent(self, error) -> None:
         """Raises UserError, with the server's own reason, for errors that no repetition mends."""
         status, code, message = error.status_code, error.code or "", _message(error)
         kept = "What was answered is kept."

@@ -29,15 +29,17 @@ ROUGH = {"429": 1.0, "500": 1.0, "reset": 1.0, "drip": 1.0, "broken_json": 1.0} 
 class FakeOpenAI:
     """The server, running in a thread between __enter__ and __exit__ (or start and stop).
 
-    reply: what to say: a text, or a function of the request's JSON that returns a text or a whole choice (dict).
+    reply: what to say: a text, a dict (text, finish_reason and other fields of the choice, usage), or a function of the
+        request's JSON that returns either.
     faults: weights by name (of 1 in all, the rest behaves well), or a function (number of the request, its JSON) ->
         a fault's name or None. Names: "429", "500", "503", "reset" (connection cut in mid-body), "reset_early", "drip"
         (a whole reply, a few bytes at a time), "hang", "broken_json", "empty_choices", "content_filter", "length",
-        "empty", and "401", "403", "404", "quota", "policy" for the permanent ones.
+        "empty", "context" (too long for the model), and "401", "403", "404", "quota", "policy" for the permanent ones.
     latency: seconds before a reply, a number or a function of a random.Random. retry_after: seconds in 429 replies.
     refuses: names of parameters that get a 400. chat, completions: whether the endpoint exists. key: the only key
     accepted. shutdown_date: of every model. max_parallel: more requests than this at a time get a 429.
-    batch_polls: how often a batch is "in_progress" when asked for.
+    batch_polls: how often a batch is "in_progress" when asked for. context_room: reply tokens up to which the fault
+    "context" lets a request pass.
     log: a dict for each request to a completions endpoint: number, path, body, fault, status, text, done (the whole
     reply was handed to the network), begin and end (time.monotonic()).
     """
@@ -56,6 +58,7 @@ class FakeOpenAI:
         shutdown_date: str | None = None,
         max_parallel: int | None = None,
         batch_polls: int = 1,
+        context_room: int = 1024,
         tasks_per_reply: int = 5,
         seed: int = 0,
         port: int = 0,
@@ -64,6 +67,7 @@ class FakeOpenAI:
         self.refuses, self.chat, self.completions, self.key = refuses, chat, completions, key
         self.models, self.shutdown_date, self.max_parallel = models, shutdown_date, max_parallel
         self.batch_polls, self.tasks_per_reply, self.port = batch_polls, tasks_per_reply, port
+        self.context_room = context_room
         self.rng = random.Random(seed)
         self.log: list[dict[str, Any]] = []
         self.files: dict[str, dict[str, Any]] = {}
@@ -199,7 +203,10 @@ class FakeOpenAI:
             "policy": (400, "The prompt was flagged.", "content_policy_violation"),
             "context": (400, "This model's maximum context length is 4096 tokens.", "context_length_exceeded"),
         }
-        if fault == "context" and (body.get("max_tokens") or body.get("max_completion_tokens") or 0) <= 1024:
+        if (
+            fault == "context"
+            and (body.get("max_tokens") or body.get("max_completion_tokens") or 0) <= self.context_room
+        ):
             fault = None  # short enough now
         if fault in errors:
             status, message, code = errors[fault]
@@ -233,16 +240,18 @@ class FakeOpenAI:
             choice = {"text": choice["text"][: len(choice["text"]) * 2 // 3], "finish_reason": fault}
         if fault == "empty":
             choice = {"text": "", "finish_reason": "stop"}
-        text = choice.pop("text")
+        counted = {"prompt_tokens": len(str(prompt)) // 4, "completion_tokens": len(choice["text"] or "") // 4}
+        counted["total_tokens"] = sum(counted.values())
+        choice = dict(choice)
+        text, usage = choice.pop("text"), choice.pop("usage", counted)
         content = {"text": text} if path == "/completions" else {"message": {"role": "assistant", "content": text}}
         choices = [{"index": index, **content, **choice} for index in range(body.get("n", 1))]
-        counted = {"prompt_tokens": len(str(prompt)) // 4, "completion_tokens": len(text) // 4}
         return {
             "id": f"cmpl-{self.rng.getrandbits(40):010x}",
             "object": "chat.completion" if path.startswith("/chat") else "text_completion",
             "model": body.get("model"),
             "choices": [] if fault == "empty_choices" else choices,
-            "usage": {**counted, "total_tokens": sum(counted.values())},
+            "usage": usage,
         }
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -254,6 +254,7 @@ def test_an_input_section_may_be_missing():
         "def f(x):\n    return x\n\n```python\nprint(1)\n```",
         "### Input\nstays text\n### Output\nstays text",
         "1. Input: five\n2. Output: six",
+        "- Instruction 1: Sort the words.\n- Instruction 2: Count the words.",
         "A\n\n---\n\nB",
         "C# and F#",
         "The output:\nnothing",
