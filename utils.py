@@ -285,6 +285,11 @@ def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dic
     is missing and `require_output` is false); other fields stay. Raises UserError listing up to ten bad rows by file
     and row (the first row is 1).
     """
+    return check_tasks(read_rows(path), path, require_output)
+
+
+def read_rows(path: str | os.PathLike) -> list[Any]:
+    """The rows of a JSON list or of a JSONL file as they stand, whatever they are; UserError where there are none."""
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")], n=1)
@@ -292,11 +297,14 @@ def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dic
         raise UserError(f"no file {path}.{hint}")
     with open(path, encoding="utf-8") as stream:
         is_list = stream.read(4096).lstrip("\ufeff \t\r\n").startswith("[")
-    rows = jload(path) if is_list else read_jsonl(path)
+    return jload(path) if is_list else read_jsonl(path)
 
+
+def check_tasks(rows: Sequence[Any], path: str | os.PathLike, require_output: bool = True) -> list[dict[str, Any]]:
+    """Rows read from `path`, as `load_tasks` returns them and with its errors."""
     problems, tasks = [], []
     for number, row in enumerate(rows, start=1):
-        task, problem = _read_task(row, require_output)
+        task, problem = read_task(row, require_output)
         if problem:
             problems.append(f"  row {number}: {problem}")
         else:
@@ -311,7 +319,8 @@ def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dic
     return tasks
 
 
-def _read_task(row: Any, require_output: bool) -> tuple[dict[str, Any], str | None]:
+def read_task(row: Any, require_output: bool = True) -> tuple[dict[str, Any], str | None]:
+    """One row as `load_tasks` returns it and None, or an empty dict and what is wrong with the row."""
     if not isinstance(row, dict):
         return {}, f"expected an object with instruction, input, output; found {type(row).__name__}"
     instances = row.get("instances")
