@@ -16,6 +16,7 @@ diagram""".split()
     + ["go to"]
 )
 MIN_WORDS, MAX_WORDS = 4, 150
+_BLOCKED = re.compile(rf"(?i)\b(?:{'|'.join(BLOCKED_WORDS)})\b")
 
 # Texts that stand in an input field only to say that there is no input. Decoration around them (quotes, brackets,
 # backslashes, full stops) is stripped before matching. "NA" counts in capitals only: "Na" may be sodium.
@@ -96,9 +97,8 @@ def instruction_problem(text, any_language=False):
         return f"fewer than {MIN_WORDS} words"
     if words > MAX_WORDS:
         return f"more than {MAX_WORDS} words"
-    for word in BLOCKED_WORDS:
-        if find_word_in_string(word, text):
-            return f'asks for more than text: "{word}"'
+    if blocked := _BLOCKED.search(text):
+        return f'asks for more than text: "{blocked[0].lower()}"'
     if text.startswith("Write a program"):
         return 'starts with "Write a program"'
     if text[0] in string.punctuation:
@@ -113,6 +113,8 @@ def is_no_input(text):
 
     An empty text is not a marker: it is already the right way to say so.
     """
+    if len(text) > 100:  # no marker is that long, and texts can be
+        return False
     core = re.sub(r"^[\W_]+|[\W_]+$", "", text)
     return _NO_INPUT.fullmatch(core) is not None
 
@@ -122,9 +124,14 @@ def normalize_input(text):
     return "" if is_no_input(text) else text.strip()
 
 
+def find_task_header(text):
+    """The match where a line of `text` begins a new task ("7. Instruction: ..."), or None."""
+    return _NEXT_HEADER.search(text)
+
+
 def contains_task_header(text):
-    """True where a line of `text` begins a new task ("7. Instruction: ..."): the row has swallowed the one after it."""
-    return _NEXT_HEADER.search(text) is not None
+    """True where `text` holds the beginning of a new task: the row has swallowed the one after it."""
+    return find_task_header(text) is not None
 
 
 def output_problem(instruction, output):
