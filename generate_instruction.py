@@ -20,6 +20,7 @@ from typing import Any
 
 import task_harvest
 import task_parsing
+from data_check import check, clean
 from generation_run import FileWriter, GenerationRun, Progress, Prompter
 from reply_journal import Journal
 from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
@@ -426,20 +427,6 @@ def rebuild(output_dir: str = "./", overwrite: bool = False) -> None:
         journal.close()
     print(f"{len(harvest.tasks):,} tasks and {len(harvest.rejections):,} rejections from {path}")
     print_left_alone(writer)
-
-
-def check(path: str, **options: Any) -> int:
-    """Reports on a data set: counts, lengths, bad fields, filter violations, duplicates. Exits 1 where rows are bad."""
-    import data_check
-
-    return data_check.check(path, **options)
-
-
-def clean(path: str, output: str, **options: Any) -> int:
-    """Writes the good rows of a data set to `output`, and says what it dropped."""
-    import data_check
-
-    return data_check.clean(path, output, **options)
 
 
 if __name__ == "__main__":
