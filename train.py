@@ -1,0 +1,217 @@
+"""Fine-tunes a causal language model on instruction data, as Stanford Alpaca did; any size, on one CPU or a cluster.
+
+Full scale, as in 2023 (four GPUs of 80 GB, batch 128), then the same by run file:
+
+    torchrun --nproc_per_node=4 train.py --model_name_or_path huggyllama/llama-7b --data_path ./alpaca_data.json \\
+        --bf16 True --output_dir output/alpaca-7b --num_train_epochs 3 --per_device_train_batch_size 4 \\
+        --gradient_accumulation_steps 8 --learning_rate 2e-5 --weight_decay 0. --warmup_steps 0.03 \\
+        --lr_scheduler_type cosine --logging_steps 1 --fsdp True --tf32 True
+    torchrun --nproc_per_node=4 train.py configs/llama_7b.yaml
+
+One minute on a CPU (BASE: any small checkpoint, such as the one that local_llm.py exports):
+
+    python train.py configs/quickstart_cpu.yaml --model_name_or_path BASE --output_dir output/try --max_steps 4
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from base_model import DEFAULT_PAD_TOKEN, smart_tokenizer_and_embedding_resize
+from train_flags import DataArguments, ModelArguments
+from utils import PROMPT_DICT, UserError, cli_errors, run_record
+
+IGNORE_INDEX = -100
+
+__all__ = [
+    "DEFAULT_PAD_TOKEN", "IGNORE_INDEX", "PROMPT_DICT", "DataArguments", "DataCollatorForSupervisedDataset",
+    "ModelArguments", "SupervisedDataset", "TrainingArguments", "make_supervised_data_module", "preprocess",
+    "smart_tokenizer_and_embedding_resize", "train",
+]  # fmt: skip
+
+# Where names that need torch or transformers live: importing train stays cheap, and they come when asked for.
+_LATE = {
+    "TrainingArguments": "training_arguments",
+    "DataCollatorForSupervisedDataset": "train_data",
+    "SupervisedDataset": "train_data",
+    "make_supervised_data_module": "train_data",
+    "preprocess": "train_data",
+}
+
+
+def __getattr__(name: str):
+    if name in _LATE:
+        import importlib
+
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def say(*parts: str) -> None:
+    """Prints once a job, however many processes it has."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*parts, flush=True)
+
+
+def train(argv: list[str] | None = None) -> None:
+    """Runs train.py's command line `argv` (default: sys.argv). Raises UserError for what the user can put right."""
+    from train_flags import read_arguments
+
+    model_args, data_args, args = read_arguments(sys.argv[1:] if argv is None else argv, say)
+
+    import train_data
+    from base_model import check_wrap_class, load_config, load_model, load_tokenizer
+    from checkpoint import nothing_lost, to_resume_from
+
+    # ---- what to start from ------------------------------------------------------------------------------------------
+    resume = to_resume_from(args.resume_from_checkpoint, args.output_dir, say)
+    if args.resume_from_checkpoint:
+        say(f"resuming from {resume}" if resume else f"no finished checkpoint in {args.output_dir}: starting anew")
+    config = load_config(model_args.model_name_or_path, args.cache_dir)
+    check_wrap_class(config, args.fsdp_config)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    with args.main_process_first(desc="tokenisation"):
+        train_set, eval_set = load_data(data_args, args, tokenizer)
+    say(train_data.describe_example(train_set[0], tokenizer))
+    if args.dry_run:
+        return
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+    settings = {**vars(model_args), **vars(data_args), **args.to_sanitized_dict()}
+    inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
+    with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
+        say(check_disk_space(config, model_args, args, len(train_set)))
+        if args.overwrite and args.should_save:
+            clear_result(args.output_dir)
+        model = load_model(model_args, args, tokenizer, say)
+        trainer, stop = make_trainer(model, tokenizer, data_args, args, train_set, eval_set)
+        trainer.train(resume_from_checkpoint=resume)
+        if stop.stopped:
+            raise KeyboardInterrupt
+        if eval_set is not None:
+            trainer.evaluate()
+        save(trainer, tokenizer, config, model_args, args)
+
+
+def load_data(data_args, args, tokenizer):
+    """(tokenised training rows, tokenised held-out rows or None)."""
+    import train_data
+
+    rows = train_data.load_rows(data_args.data_path, data_args.max_train_samples)
+    held_out = None
+    if data_args.eval_data_path:
+        held_out = train_data.load_rows(data_args.eval_data_path)
+    elif data_args.val_size:
+        rows, held_out = train_data.split_validation(rows, data_args.val_size, args.seed)
+    how = dict(
+        max_length=args.model_max_length, truncation=data_args.truncation, cache_dir=data_args.data_cache_dir,
+        num_proc=data_args.preprocessing_workers,
+    )  # fmt: skip
+    train_set = train_data.tokenize_dataset(rows, tokenizer, **how)
+    return train_set, train_data.tokenize_dataset(held_out, tokenizer, **how) if held_out else None
+
+
+def make_trainer(model, tokenizer, data_args, args, train_set, eval_set):
+    """(trainer, the callback that knows whether a signal ended training)."""
+    from supervised_trainer import EarlyEvaluation, SealCheckpoints, StopOnSignal, SupervisedTrainer
+    from train_data import PaddedCollator, PaddingFreeCollator, takes_logits_to_keep
+
+    if data_args.padding_free:
+        flash = model.config._attn_implementation.startswith("flash_attention")
+        collator = PaddingFreeCollator(response_only=takes_logits_to_keep(model), flash_attention=flash)
+    else:
+        collator = PaddedCollator(tokenizer.pad_token_id)
+    # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
+    keep, args.save_total_limit = args.save_total_limit, None
+    trainer = SupervisedTrainer(
+        model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    stop = StopOnSignal(trainer)
+    for callback in (EarlyEvaluation(trainer), SealCheckpoints(trainer, keep), stop):
+        trainer.add_callback(callback)
+    return trainer, stop
+
+
+def check_disk_space(config, model_args, args, rows: int) -> str:
+    import math
+
+    from base_model import empty_model
+    from checkpoint import check_disk
+
+    parameters = empty_model(config).num_parameters()
+    trainable = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
+    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_step * args.num_train_epochs)
+    strategy, every = args.save_strategy.value, args.save_steps
+    saves = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(strategy)
+    if saves is None:
+        saves = math.ceil(steps / (every if every >= 1 else every * steps))
+    save_bytes = 4 if args.save_dtype == "float32" else 2
+    return check_disk(args.output_dir, parameters, save_bytes, saves, args.save_total_limit, trainable)
+
+
+@contextlib.contextmanager
+def recorded(args, settings, inputs):
+    """run.json in the output folder, by the first process alone."""
+    if args.process_index == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with run_record(args.output_dir, settings, inputs) as record:
+            yield record
+    else:
+        yield {}
+
+
+def clear_result(output_dir: str) -> None:
+    """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
+    import shutil
+
+    from checkpoint import checkpoints
+
+    for folder in checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for pattern in ("*.safetensors", "*.safetensors.index.json", "checksums.json", "config.json", "train_log.jsonl"):
+        for file in Path(output_dir).glob(pattern):
+            file.unlink()
+
+
+def save(trainer, tokenizer, config, model_args, args) -> None:
+    """Gathers the weights on the first process's CPU, writes them, and reads them back; see checkpoint.write_verified."""
+    import torch
+
+    from base_model import merge_adapters
+    from checkpoint import gather_weights, write_verified
+    from utils import alpaca_chat_template
+
+    # Chat servers then feed the checkpoint what it was trained on.
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = alpaca_chat_template(adds_bos)
+    base = config.dtype or torch.float32
+    dtype = base if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+    probe = torch.from_numpy(trainer.train_dataset[0]["input_ids"][None, :64])
+    expected = trainer.probe_logits(probe)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = gather_weights(
+        trainer.model_wrapped, trainer.accelerator, torch.float32 if model_args.merge_lora else dtype
+    )
+    if args.process_index == 0:
+        if model_args.merge_lora:
+            model, weights = merge_adapters(model, weights, dtype)
+        coarse = args.bf16 or args.fp16 or dtype != torch.float32 or model_args.dtype not in ("float32", "auto")
+        done = write_verified(
+            model, weights, dtype, tokenizer, args.output_dir, probe, expected, rounding=5e-2 if coarse else 1e-3
+        )
+        say(
+            f"saved to {args.output_dir} in {done['dtype']}: {done['files']} files, {done['bytes'] / 1e9:.2f} GB; read "
+            f"back, every tensor as in memory, logits within {done['difference']:.1e} of the trained model's"
+        )
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        train()
