@@ -234,7 +234,7 @@ def four_bit() -> Any:
 
 
 def attention_projections(model: Any) -> list[str]:
-    """The names of the model's query, key and value layers, found among its own: q_proj, query_key_value, c_attn, ..."""
+    """The names of the model's query, key and value layers, as found in it: q_proj, query_key_value, c_attn, ..."""
     import torch
 
     names = {

@@ -200,8 +200,8 @@ def write_verified(
 
     Called on rank 0. `model`: a PreTrainedModel or PeftModel whose class and settings describe `weights` (its own
     tensors are not read); `probe`: (1, n) token ids; `expected`: (1, n, vocabulary) float32 logits of the model that
-    was trained; `rounding`: how far, relatively, the written model's may be from them. The files are made in a folder beside, checked there (see `check_model`), moved one by one and sealed.
-    Raises RuntimeError that names the first thing that is wrong; `output_dir` is then as before.
+    was trained; `rounding`: how far, relatively, the written model's may be from them. The files are made in a folder
+    beside, checked there (see `check_model`), moved one by one and sealed. Raises RuntimeError that names the first thing that is wrong; `output_dir` is then as before.
     """
     output_dir = Path(output_dir)
     beside = output_dir / ".model.partial"

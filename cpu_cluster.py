@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def prepare_environment(deepspeed: bool) -> None:
-    """Before torch and deepspeed look at the machine: DeepSpeed asks this variable, not the hardware, what to run on."""
+    """Before deepspeed is imported: it asks this variable, not the hardware, what to run on."""
     if deepspeed:
         os.environ["DS_ACCELERATOR"] = "cpu"
 

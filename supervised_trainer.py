@@ -22,7 +22,7 @@ class SupervisedTrainer(Trainer):
     """Trainer whose batches are rows of `input_ids` and `labels`, padded or end to end."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer's loss (the sum over answer tokens, over the answer tokens of the whole global batch); stops on nan."""
+        """Trainer's loss: the sum over answer tokens by their number in the global batch. Stops where it is nan."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
@@ -74,7 +74,7 @@ class SupervisedTrainer(Trainer):
         return metrics
 
     def probe_logits(self, probe: torch.Tensor) -> torch.Tensor:
-        """Float32 logits on the CPU for the (1, n) token ids `probe`, from the model as it stands; every rank calls it."""
+        """Float32 logits, on the CPU, of the model as it stands for the (1, n) token ids `probe`; all ranks call it."""
         model = self.model_wrapped
         model.eval()
         with torch.no_grad():

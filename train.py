@@ -18,17 +18,15 @@ import os
 import sys
 from pathlib import Path
 
-from base_model import DEFAULT_PAD_TOKEN, smart_tokenizer_and_embedding_resize
-from train_flags import DataArguments, ModelArguments
-from utils import PROMPT_DICT, UserError, cli_errors, run_record
+from base_model import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
+from base_model import smart_tokenizer_and_embedding_resize as smart_tokenizer_and_embedding_resize
+from train_flags import DataArguments as DataArguments
+from train_flags import ModelArguments as ModelArguments
+from utils import PROMPT_DICT as PROMPT_DICT
+from utils import cli_errors, run_record
 
+# Names that other code imports from here: those written "as" above, and the ones below.
 IGNORE_INDEX = -100
-
-__all__ = [
-    "DEFAULT_PAD_TOKEN", "IGNORE_INDEX", "PROMPT_DICT", "DataArguments", "DataCollatorForSupervisedDataset",
-    "ModelArguments", "SupervisedDataset", "TrainingArguments", "make_supervised_data_module", "preprocess",
-    "smart_tokenizer_and_embedding_resize", "train",
-]  # fmt: skip
 
 # Where names that need torch or transformers live: importing train stays cheap, and they come when asked for.
 _LATE = {
@@ -179,7 +177,7 @@ def clear_result(output_dir: str) -> None:
 
 
 def save(trainer, tokenizer, config, model_args, args) -> None:
-    """Gathers the weights on the first process's CPU, writes them, and reads them back; see checkpoint.write_verified."""
+    """Gathers the weights on the first process's CPU, writes them and reads them back (checkpoint.write_verified)."""
     import torch
 
     from base_model import merge_adapters

@@ -1,4 +1,4 @@
-"""Reads train.py's command line: the flags, YAML or JSON run files, and the spellings of 2023; finds every problem at once.
+"""Reads train.py's command line: flags, YAML or JSON run files, the spellings of 2023; finds all problems at once.
 
 Not a command; `python train.py --help` prints what is declared here.
 """
