@@ -11,7 +11,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from utils import UserError, format_prompt
@@ -194,11 +194,12 @@ def stream_answer(
     num_beams: int = 1,
     seed: int | None = None,
     stop_event: threading.Event | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, Answer]:
     """Yields an answer in pieces of text as its tokens come; joined they are the text that `answer_batch` gives.
 
     With several beams nothing is certain before the end, so the answer comes in one piece. Generation ends early when
-    `stop_event` is set or the iterator is closed. Raises UserError where the prompt leaves no room for an answer.
+    `stop_event` is set or the iterator is closed. The generator returns the whole as an Answer (StopIteration.value).
+    Raises UserError where the prompt leaves no room for an answer.
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     prompt = prompt_ids(tokenizer, {"instruction": instruction, "input": input})
@@ -239,7 +240,7 @@ def stream_answer(
                 yield text[len(sent) :]
                 sent = text
             if done:
-                return
+                return Answer(text, "stop" if event[1] else "length", len(new) + event[1])
     finally:
         closed.set()
         worker.join()
