@@ -71,6 +71,8 @@ class PairSearch:
         k_of = np.minimum(self.least, self._subset_size(len(rows) + len(rows if others is None else others))[:, None])
         for k in range(1, 4):
             eligible = self.possible & (k_of == k)
+            if not eligible.any():
+                continue
             for candidates in self._candidates(rows, others, k, eligible):
                 left, right = candidates >> 32, candidates & 0xFFFFFFFF
                 found.append(candidates[self._f1(left, right) > self.threshold])
