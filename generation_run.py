@@ -331,6 +331,8 @@ class FileWriter:
         self.left_alone: list[Path] = []
         self._lock = threading.Lock()
         for name in OUTPUTS:
+            for torn in self.folder.glob(f".{name}.*.partial"):  # of a run that was killed while it wrote
+                torn.unlink()
             path, own = self.folder / name, [mark["sha256"].get(name) for mark in self._marks()]
             if path.exists() and not overwrite and _sha256(path.read_bytes()) not in own:
                 self.left_alone.append(path)

@@ -41,7 +41,7 @@ class FakeOpenAI:
     batch_polls: how often a batch is "in_progress" when asked for. context_room: reply tokens up to which the fault
     "context" lets a request pass.
     log: a dict for each request to a completions endpoint: number, path, body, fault, status, text, done (the whole
-    reply was handed to the network), begin and end (time.monotonic()).
+    reply was handed to the network), request_id, begin and end (time.monotonic()).
     """
 
     def __init__(
@@ -131,7 +131,6 @@ class FakeOpenAI:
     ) -> bool:  # fmt: skip
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = [f"HTTP/1.1 {status} X", f"Content-Length: {len(data)}", "Content-Type: application/json"]
-        lines += [f"x-request-id: req_{self.rng.getrandbits(48):012x}"]
         lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n")
         if cut:
@@ -153,6 +152,7 @@ class FakeOpenAI:
     async def _complete(self, path: str, body: dict, writer: asyncio.StreamWriter) -> bool:
         entry = {"number": len(self.log), "path": path, "body": body, "fault": None, "status": 200, "text": None}
         entry |= {"done": False, "begin": time.monotonic(), "end": None}
+        entry["request_id"] = f"req_{self.rng.getrandbits(48):012x}"
         self.log.append(entry)
         self.parallel += 1
         self.most_parallel = max(self.most_parallel, self.parallel)
@@ -165,7 +165,7 @@ class FakeOpenAI:
             return await self._complete_with(fault, path, body, entry, writer)
         finally:
             self.parallel -= 1
-            entry["end"] = time.monotonic()
+            entry["end"] = entry["end"] or time.monotonic()
 
     def _refusal(self, path: str, body: dict) -> tuple[int, Any] | None:
         if (path == "/chat/completions" and not self.chat) or (path == "/completions" and not self.completions):
@@ -226,8 +226,9 @@ class FakeOpenAI:
         if data["choices"]:
             choice = data["choices"][0]
             entry["text"] = choice["text"] if path == "/completions" else choice["message"]["content"]
-        alive = await self._send(writer, 200, data, drip=fault == "drip")
-        entry["done"] = True
+        names = {"x-request-id": entry["request_id"]}
+        alive = await self._send(writer, 200, data, names, drip=fault == "drip")
+        entry |= {"done": True, "end": time.monotonic()}
         return alive
 
     def _completion(self, path: str, body: dict, fault: str | None = None) -> dict[str, Any]:
