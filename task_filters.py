@@ -11,10 +11,9 @@ import string
 
 # What a model that reads and writes text cannot serve: things to look at, to listen to, to open, to draw.
 BLOCKED_WORDS = (
-    """image images graph graphs picture pictures file files map maps draw plot video audio music flowchart
-diagram""".split()
-    + ["go to"]
-)
+    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
+    "go to", "video", "audio", "music", "flowchart", "diagram",
+)  # fmt: skip
 MIN_WORDS, MAX_WORDS = 4, 150
 _BLOCKED = re.compile(rf"(?i)\b(?:{'|'.join(BLOCKED_WORDS)})\b")
 
@@ -28,7 +27,7 @@ _NO_INPUT = re.compile(
            \s+(?:is\s+|was\s+)?(?:required|needed|necessary|provided|given|available))?
         | none(?:\s+(?:required|needed|provided|given))?
         | n\s*/\s*a | n\.\s*a | not\s+applicable | null | nil
-    )|NA|na""",
+    )|NA|na"""
 )
 _STAND_IN_WORDS = (
     r"image|picture|photo|photograph|drawing|sketch|graph|chart|diagram|poster|meme|logo|gif|screenshot|infographic|video"
@@ -49,7 +48,7 @@ _PLACEHOLDER = re.compile(
 # Only openings that speak of the task or of being a model: an apology or "I can't believe it" may be the right answer.
 _REFUSAL = re.compile(
     r"""(?ix)
-    \s*["'<(\[]*
+    \s*+["'<(\[]*+
     (?P<sorry>(?:(?:i['’]?m|i\s+am)?\s*(?:very\s+|so\s+)?sorry\b|(?:i|my)\s+apolog(?:ies|i[sz]e)\b|unfortunately\b)
         [,.!]?\s*(?:but\s+)?)?
     (?:as\s+an?\s+(?:ai|artificial\s+intelligence|(?:large\s+)?language\s+model|gpt|text[- ]based)\b[^.\n]*
@@ -69,7 +68,7 @@ _REFUSAL = re.compile(
 # The header of the next task, alone at the start of a line. Models leave out or replace the "###" before it ("##", "#",
 # "///", a code fence, blank lines), so the numbered header itself is the sign.
 _NEXT_HEADER = re.compile(
-    r"(?im)^[ \t]*[#*_>]*[ \t]*(?:(?:task[ \t]*)?\d+[ \t]*[.):][ \t]*[*_]*instruction[*_]*[ \t]*[*_]*:"
+    r"(?im)^[ \t]*+[#*_>]*+[ \t]*+(?:(?:task[ \t]*)?\d+[ \t]*[.):][ \t]*[*_]*instruction[*_]*[ \t]*[*_]*:"
     r"|#{2,}[ \t]*(?:instruction|response)[ \t]*:[ \t]*$)"
 )
 
