@@ -21,6 +21,18 @@ IGNORE_INDEX = -100
 class SupervisedTrainer(Trainer):
     """Trainer whose batches are rows of `input_ids` and `labels`, padded or end to end."""
 
+    report = None  # a train_report.ReportCallback: counts tokens, completes the log lines
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.report:
+            self.report.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        if self.report and "loss" in logs:
+            self.report.add_figures(logs)
+        super().log(logs, start_time)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's loss: the sum over answer tokens by their number in the global batch. Stops where it is nan."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

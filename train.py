@@ -23,7 +23,7 @@ from base_model import smart_tokenizer_and_embedding_resize as smart_tokenizer_a
 from train_flags import DataArguments as DataArguments
 from train_flags import ModelArguments as ModelArguments
 from utils import PROMPT_DICT as PROMPT_DICT
-from utils import cli_errors, run_record
+from utils import cli_errors, jdump, run_record
 
 # Names that other code imports from here: those written "as" above, and the ones below.
 IGNORE_INDEX = -100
@@ -59,8 +59,10 @@ def train(argv: list[str] | None = None) -> None:
     model_args, data_args, args = read_arguments(sys.argv[1:] if argv is None else argv, say)
 
     import train_data
+    import train_report
     from base_model import check_wrap_class, load_config, load_model, load_tokenizer
     from checkpoint import nothing_lost, to_resume_from
+    from memory_estimate import memory_estimate, memory_table
 
     # ---- what to start from ------------------------------------------------------------------------------------------
     resume = to_resume_from(args.resume_from_checkpoint, args.output_dir, say)
@@ -73,7 +75,10 @@ def train(argv: list[str] | None = None) -> None:
     # ---- data --------------------------------------------------------------------------------------------------------
     with args.main_process_first(desc="tokenisation"):
         train_set, eval_set = load_data(data_args, args, tokenizer)
-    say(train_data.describe_example(train_set[0], tokenizer))
+    if args.process_index == 0:
+        say(train_data.describe_example(train_set[0], tokenizer), "\n")
+        say(train_report.dataset_statistics(train_set), "\n")
+        say(memory_table(memory_estimate(config, args, model_args, data_args.padding_free)), "\n")
     if args.dry_run:
         return
 
@@ -85,13 +90,16 @@ def train(argv: list[str] | None = None) -> None:
         if args.overwrite and args.should_save:
             clear_result(args.output_dir)
         model = load_model(model_args, args, tokenizer, say)
-        trainer, stop = make_trainer(model, tokenizer, data_args, args, train_set, eval_set)
+        trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set)
         trainer.train(resume_from_checkpoint=resume)
         if stop.stopped:
             raise KeyboardInterrupt
         if eval_set is not None:
             trainer.evaluate()
         save(trainer, tokenizer, config, model_args, args)
+        if args.process_index == 0:
+            card = train_report.model_card(model_args.model_name_or_path, inputs, settings, trainer.report.final)
+            jdump(card, Path(args.output_dir) / "README.md")
 
 
 def load_data(data_args, args, tokenizer):
@@ -112,10 +120,11 @@ def load_data(data_args, args, tokenizer):
     return train_set, train_data.tokenize_dataset(held_out, tokenizer, **how) if held_out else None
 
 
-def make_trainer(model, tokenizer, data_args, args, train_set, eval_set):
+def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set):
     """(trainer, the callback that knows whether a signal ended training)."""
     from supervised_trainer import EarlyEvaluation, SealCheckpoints, StopOnSignal, SupervisedTrainer
     from train_data import PaddedCollator, PaddingFreeCollator, takes_logits_to_keep
+    from train_report import ReportCallback
 
     if data_args.padding_free:
         flash = model.config._attn_implementation.startswith("flash_attention")
@@ -128,8 +137,9 @@ def make_trainer(model, tokenizer, data_args, args, train_set, eval_set):
         model=model, args=args, train_dataset=train_set, eval_dataset=eval_set, data_collator=collator,
         processing_class=tokenizer,
     )  # fmt: skip
+    trainer.report = ReportCallback(trainer, train_set.report, adapters=bool(model_args.lora_r or model_args.qlora))
     stop = StopOnSignal(trainer)
-    for callback in (EarlyEvaluation(trainer), SealCheckpoints(trainer, keep), stop):
+    for callback in (EarlyEvaluation(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
         trainer.add_callback(callback)
     return trainer, stop
 

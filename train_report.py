@@ -61,9 +61,12 @@ class ReportCallback(TrainerCallback):
     Time spent in evaluation and saving is not training time.
     """
 
-    def __init__(self, trainer, data_report: Mapping[str, Any], flops: "Flops"):
-        """`data_report`: the counts of train_data.tokenize_dataset. `flops`: of the model, see `Flops`."""
-        self.trainer, self.data_report, self.flops = trainer, dict(data_report), flops
+    def __init__(self, trainer, data_report: Mapping[str, Any], adapters: bool = False):
+        """`data_report`: the counts of train_data.tokenize_dataset. `adapters`: the base's weights are frozen."""
+        from base_model import empty_model
+
+        self.trainer, self.data_report = trainer, dict(data_report)
+        self.flops = Flops(empty_model(trainer.model.config), frozen=adapters)
         self.log_file = Path(trainer.args.output_dir) / "train_log.jsonl"
         self.interval = [0, 0, 0]  # real tokens, places, positions with logits of this process since the last line
         self.totals = {"tokens": 0, "places": 0, "seconds": 0.0, "steps": 0}
@@ -138,7 +141,7 @@ class ReportCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         memory = peak_memory_gb(args)
         if args.process_index == 0:
-            report = self.report(args, state, memory)
+            self.final = report = self.report(args, state, memory)
             utils.jdump(report, self.log_file.with_name("train_report.json"))
             draw_loss_curve(self.lines, self.log_file.with_name("loss_curve.png"))
             print("\n" + as_table("Training report", report_rows(report)), flush=True)
@@ -181,7 +184,7 @@ def report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("steps", f"{report['steps']:,} ({report['epochs']:g} epochs, {report['rows_per_step']} rows a step)"),
         ("hardware", f"{report['processes']} x {report['hardware']}"),
-        ("time", f"{report['seconds']:,.0f} s, {report['seconds_per_step']:.2f} s a step"),
+        ("time", f"{report['seconds']:,.1f} s, {report['seconds_per_step']:.2f} s a step"),
         ("tokens", f"{report['real_tokens']:,} real, {report['padding_share']:.1%} padding beside them"),
         ("speed", f"{report['real_tokens_per_second']:,.0f} real tokens/s"),
         ("MFU", f"{report['mfu']:.1%}" if report["mfu"] is not None else ""),
