@@ -95,7 +95,8 @@ def answer(
         figures = _answer_from_server(
             tasks, settings, Path(output_path), max_concurrency, generator or model, overwrite, data_path
         )
-        rate = f"{figures['tokens']['completion']} tokens, ${figures['cost_usd']:.4f}"
+        cost = "cost unknown" if figures["cost_usd"] is None else f"${figures['cost_usd']:.4f}"
+        rate = f"{figures['tokens']['completion']} tokens, {cost}"
     print(
         f"{output_path}: {len(tasks)} answers, {figures['answers']} of them now in {figures['seconds']:.1f} s, {rate}."
     )
@@ -156,7 +157,7 @@ def _answer_from_server(
         record["figures"] = {
             "answers": len(journal.answers) - earlier,
             "tokens": dict(tokens),
-            "cost_usd": round(price.cost(tokens), 6) if price else 0.0,
+            "cost_usd": round(price.cost(tokens), 6) if price else None,
             "seconds": round(time.monotonic() - begin, 2),
         }
         if failed:

@@ -8,6 +8,7 @@
 A model is a folder with a full checkpoint or a LoRA adapter, a GGUF file, a hub name, or the word `embedded`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,7 +22,7 @@ from typing import Any
 
 from answer_journal import AnswerJournal, answered_row
 from answering import Answer, Sampling, answer_batch, prompt_ids, room_for_answer, stream_answer
-from model_loading import load_model, source_of_model
+from model_loading import check_model_path, load_model
 from utils import UserError, atomic_dir, load_tasks, run_cli, run_record
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,13 +229,16 @@ def _rate(figures: dict[str, Any]) -> str:
 
 
 def _print_stream(model, tokenizer, task: dict[str, str], sampling: Sampling) -> None:
-    settings, begin, text = dataclasses.asdict(sampling), time.monotonic(), ""
-    for piece in stream_answer(model, tokenizer, task["instruction"], task["input"], **settings):
-        print(piece, end="", flush=True)
-        text += piece
+    settings, begin = dataclasses.asdict(sampling), time.monotonic()
+    with contextlib.closing(stream_answer(model, tokenizer, task["instruction"], task["input"], **settings)) as stream:
+        while True:
+            try:
+                print(next(stream), end="", flush=True)
+            except StopIteration as end:
+                tokens = end.value.tokens
+                break
     print()
     seconds = time.monotonic() - begin
-    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     print(f"[{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
@@ -327,8 +331,13 @@ def serve(
         _write_merged(model_name_or_path, adapter, dtype, merged_dir)
         model_name_or_path = merged_dir
     else:
-        source_of_model(model_name_or_path)  # refuses a weight diff
+        check_model_path(model_name_or_path)  # refuses a weight diff
 
+    if backend == "transformers":
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        # Its list of models scans the hub's cache and fails where there is none yet.
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
     if backend == "vllm":
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_name_or_path]
     else:
@@ -342,11 +351,7 @@ def serve(
 def _write_merged(path: str, adapter: str | None, dtype: str | None, merged_dir: str) -> None:
     with atomic_dir(merged_dir) as folder:
         model, tokenizer = load_model(path, "cpu", dtype, adapter)
-        # A model read from GGUF is marked as quantised and refuses to be saved: its tensors go into a plain one.
-        plain = type(model)(model.config)
-        plain.load_state_dict(model.state_dict(), assign=True)
-        plain.generation_config.eos_token_id = model.generation_config.eos_token_id
-        plain.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

