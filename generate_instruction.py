@@ -25,7 +25,16 @@ from generation_run import FileWriter, GenerationRun, Progress, Prompter
 from reply_journal import Journal
 from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
 from task_parsing import encode_prompt
-from teacher import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, Teacher, estimate_tokens, find_price, find_server
+from teacher import (
+    DEFAULT_MODEL,
+    DEFAULT_MODEL_EFFORT,
+    Price,
+    Teacher,
+    estimate_tokens,
+    find_price,
+    find_server,
+    served_model,
+)
 from utils import UserError, load_tasks, run_cli, run_record
 
 __all__ = [
@@ -99,7 +108,8 @@ def generate_instruction_following_data(
         top_p: of the sampling; lower values cut unlikely words off.
         num_cpus: no longer used; comparing with the pool takes a millisecond on one.
         base_url: server with OpenAI's API, such as http://127.0.0.1:8080/v1; default OPENAI_BASE_URL, then OpenAI.
-        api: completions, chat, or auto: chat, unless the server says that it has none for this model.
+        api: completions, chat, or auto: chat, or completions where the server has no chat for this model. With
+            answer_separately the lists of instructions prefer completions, except at OpenAI.
         max_concurrency: requests under way at the same time.
         max_tokens: longest reply, in tokens.
         reasoning_effort: how long a reasoning model thinks (none, low, ...); the default model does not think.
@@ -139,6 +149,9 @@ def generate_instruction_following_data(
     for name, value in {"max_concurrency": max_concurrency, "max_tokens": max_tokens, "sample_lag": sample_lag}.items():
         if value < 1:
             raise UserError(f"--{name} must be at least 1, found {value}.")
+    if not dry_run:
+        find_server(base_url)  # complains before anything else happens
+        model_name = served_model(base_url, model_name)
     price = find_price(model_name, price_input, price_output)
     if max_cost_usd is not None and price is None:
         raise UserError(
@@ -181,13 +194,24 @@ def generate_instruction_following_data(
     if dry_run:
         print_plan(prompter, price, num_instructions_to_generate, limits, batch_api)
         return
-    find_server(base_url)  # complains before a folder is made
     for name, value, default in (("num_cpus", num_cpus, 16), ("request_batch_size", request_batch_size, 5)):
         if value != default:
             print(f"note: --{name} has no use any more; --max_concurrency sets how many requests run at a time.")
 
+    # A small model goes on with a list of instructions better than it follows the wish for one. Measured with
+    # SmolLM2-135M: 20 of 21 instructions pass the filters over completions, 2 of 12 over chat.
+    first_api = "completions" if answer_separately and not find_server(base_url)[2] else "chat"
     teacher = Teacher(
-        model_name, base_url, api, temperature, top_p, max_tokens, reasoning_effort, max_retries, request_timeout
+        model_name,
+        base_url=base_url,
+        api=api,
+        first_api=first_api,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        reasoning_effort=reasoning_effort,
+        max_retries=max_retries,
+        request_timeout=request_timeout,
     )
     journal = Journal(Path(output_dir) / "responses.jsonl")
     try:

@@ -182,6 +182,8 @@ def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool) -> Par
     given = first("input", output.start if output else len(chunk))
     ends = [header.start for header in (given, output) if header]
     instruction = _clean(chunk[start.end : min(ends, default=len(chunk))], followed and not ends)
+    if not outputs and not ends:
+        instruction = instruction.split("\n")[0].rstrip()  # the prompt's instructions are lines; the rest is talk
     context = (
         _clean(chunk[given.end : output.start if output else len(chunk)], followed and not output) if given else ""
     )

@@ -130,6 +130,31 @@ def find_server(base_url: str | None) -> tuple[str, str, bool]:
     return url, key or "none", official
 
 
+def served_model(base_url: str | None, model: str) -> str:
+    """The model to ask for: `model`, but where it is OpenAI's default and the server serves only another one, that one.
+
+    Raises UserError where the server serves several others.
+    """
+    url, key, official = find_server(base_url)
+    if official or model != DEFAULT_MODEL:
+        return model
+    import openai
+
+    try:
+        with openai.OpenAI(base_url=url, api_key=key, timeout=30.0, max_retries=1) as client:
+            names = [found.id for found in client.models.list().data]
+    except openai.APIConnectionError as error:
+        raise _unreachable(url, error) from error
+    except openai.APIStatusError:
+        return model  # no list of models: the first request will tell
+    if model in names or not names:
+        return model
+    if len(names) > 1:
+        raise UserError(f"{url} serves {', '.join(sorted(names))}. Choose one with --model_name.")
+    print(f"note: {url} serves {names[0]}; it is the teacher.")
+    return names[0]
+
+
 def estimate_tokens(text: str) -> int:
     """A cautious guess without a tokenizer: English has about four characters a token, other scripts fewer."""
     return len(text.encode("utf-8")) // 4 + 8
@@ -175,6 +200,7 @@ class Teacher:
     """One model behind one server. `await ask(prompt)` gives a Reply, raises AskError for this request alone and
     UserError where no request can succeed (wrong key, unknown model, no quota, refused content).
 
+    api: "chat", "completions", or "auto": `first_api`, and the other one where the server says that it lacks the first.
     temperature, top_p, max_tokens, extra: sent with every request (None is left out); max_retries: the SDK's retries of
     one request after connection errors, 408, 409, 429 and 5xx; request_timeout: seconds an attempt may take in all.
     """
@@ -184,6 +210,7 @@ class Teacher:
         model: str,
         base_url: str | None = None,
         api: str = "auto",
+        first_api: str = "chat",
         temperature: float | None = None,
         top_p: float | None = None,
         max_tokens: int | None = None,
@@ -199,7 +226,7 @@ class Teacher:
             check_retired(model)
         self.model, self.request_timeout = model, request_timeout
         # Nearly every server has chat; one that has not, or a base model, says so at the first request.
-        self.api, self._may_switch = ("chat", True) if api == "auto" else (api, False)
+        self.api, self._may_switch = (first_api, True) if api == "auto" else (api, False)
         self.settings = {"temperature": temperature, "top_p": top_p, "reasoning_effort": reasoning_effort}
         if self.official:  # 1.0 is the default there, and some models refuse the parameter at any value
             self.settings = {name: value for name, value in self.settings.items() if value != 1.0}
@@ -273,7 +300,7 @@ class Teacher:
         except openai.APIStatusError as error:
             self.stop_if_permanent(error)
         except openai.APIConnectionError as error:
-            raise self._unreachable(error) from error
+            raise _unreachable(self.url, error) from error
         else:
             _judge_shutdown(self.model, getattr(found, "shutdown_date", None))
 
@@ -321,11 +348,11 @@ class Teacher:
             except openai.APIStatusError as error:
                 if error.status_code >= 500 or error.status_code in (408, 409):  # after all retries
                     raise AskError("server error", f"{error.status_code}: {_message(error)}") from error
-                room = self._adapt(error, body, room)
+                room = self._adapt(error, body, room, isinstance(prompt, str))
                 continue
             except openai.APIConnectionError as error:
                 if not self.answered:
-                    raise self._unreachable(error) from error
+                    raise _unreachable(self.url, error) from error
                 raise AskError("connection error", str(error.__cause__ or error)) from error
             self.counts[kind] += 1
             unreadable += 1
@@ -370,12 +397,12 @@ class Teacher:
     # ------------------------------------------------------------------------------------------------------------------
     # What a refusal means.
 
-    def _adapt(self, error, body: Mapping[str, Any], room: int | None) -> int | None:
+    def _adapt(self, error, body: Mapping[str, Any], room: int | None, is_text: bool) -> int | None:
         """Makes the request acceptable after a 4xx and returns the room for its reply, or raises."""
         message, code = _message(error), error.code or ""
-        if error.status_code in (404, 405) or "chat template" in message.lower():
-            if self._switch_api(body, message):
-                return room
+        no_endpoint = error.status_code in (404, 405) or "chat template" in message.lower()
+        if is_text and no_endpoint and self._switch_api(body, message):
+            return room
         self.stop_if_permanent(error)
         too_long = code == "context_length_exceeded" or re.search(
             r"(?i)context (length|size|window)|reduce (your prompt|the length)|max_\w*tokens is too large", message
@@ -405,14 +432,13 @@ class Teacher:
     def _switch_api(self, body: Mapping[str, Any], message: str) -> bool:
         """Goes over to the other endpoint, once, where the model or the server lacks the first; True to ask again."""
         unknown_model = re.search(r"(?i)model.*(does not exist|not found|not available)|no such model", message)
-        if "prompt" in body:
-            return False
-        if self.api == "completions":
+        asked = "completions" if "prompt" in body else "chat"
+        if self.api != asked:
             return True  # another request has learned it already
-        if not self._may_switch or unknown_model or "messages" not in body:
+        if not self._may_switch or unknown_model:
             return False
-        self.api, self._may_switch = "completions", False
-        self._warn(f"{self.model} at {self.url} has no chat; the completions endpoint is used")
+        self.api, self._may_switch = ("chat" if asked == "completions" else "completions"), False
+        self._warn(f"{self.model} at {self.url} has no {asked} endpoint; {self.api} is used")
         return True
 
     def stop_if_permanent(self, error) -> None:
@@ -435,13 +461,14 @@ class Teacher:
         if code in _POLICY_CODES:
             raise UserError(f"{self.url} refuses the prompt's content ({code}): {message}\n{kept}") from error
 
-    def _unreachable(self, error) -> UserError:
-        return UserError(
-            f"no connection to {self.url}: {error.__cause__ or error}\nIs the server running, and is --base_url right?"
-        )
-
     def _warn(self, text: str) -> None:
         print(f"note: {text}.", file=sys.stderr)
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    return UserError(
+        f"no connection to {url}: {error.__cause__ or error}\nIs the server running, and is --base_url right?"
+    )
 
 
 def _message(error) -> str:
