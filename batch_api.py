@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from generation_run import FileWriter, Prompter, journal_cost, reply_fields
+from model_catalog import Price, estimate_tokens
 from reply_journal import Journal
 from task_harvest import Harvest, harvest_journal
 from task_parsing import next_list_header
-from teacher import AskError, Price, Teacher, estimate_tokens
+from teacher import AskError, Teacher
 from utils import UserError
 
 MAX_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model_catalog import Price, estimate_tokens
 from reply_journal import Journal
 from task_harvest import Harvest, answers_of, harvest_journal, replies_in_order
 from task_parsing import encode_prompt, next_list_header
-from teacher import AskError, Price, Reply, Teacher, estimate_tokens
+from teacher import AskError, Reply, Teacher
 from utils import UserError, atomic_write
 
 WRITE_EVERY = 60.0  # seconds between two writings of the final files, at least; more where writing them takes long

@@ -9,7 +9,6 @@ generate_instruction.py and utils.openai_completion ask through it; it is no com
 import asyncio
 import contextvars
 import dataclasses
-import datetime
 import json
 import os
 import random
@@ -18,23 +17,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from utils import UserError, jload
-
-# OpenAI's recommended replacement for its small models (deprecations page, October 2026), at $0.10 and $0.50 per
-# million tokens. It thinks before it answers unless told not to; a list of tasks does not need that, and the thoughts
-# would be billed and would count towards the length limit.
-DEFAULT_MODEL = "gpt-6-luna"
-DEFAULT_MODEL_EFFORT = "none"
+from model_catalog import DEFAULT_MODEL, check_retired, estimate_tokens, judge_shutdown
+from utils import UserError
 
 OFFICIAL_URL = "https://api.openai.com/v1"
 RATE_LIMIT_PATIENCE = 1800.0  # seconds that one request may spend on rate limits alone before the run gives up
 BROKEN_REPLIES = 3  # how often the same request may come back unreadable or too late before it is given up
 SMALLEST_REPLY = 256  # tokens; a prompt that leaves less room than this is too long for the model
 
-_CONFIGS = Path(__file__).parent / "configs"
 # Parameters that a model may refuse and a run can do without. The length limit is renamed instead.
 _OPTIONAL = (
     "stop", "temperature", "top_p", "logit_bias", "reasoning_effort", "presence_penalty", "frequency_penalty",
@@ -65,52 +57,7 @@ class Reply:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Prices and model names.
-
-
-@dataclasses.dataclass
-class Price:
-    """US dollars per million tokens."""
-
-    input: float
-    output: float
-    cached_input: float | None = None
-    batch_factor: float = 0.5
-
-    def cost(self, usage: Mapping[str, int], batch: bool = False) -> float:
-        """US dollars of one reply's tokens."""
-        cached = usage.get("cached", 0)
-        cached_price = self.input if self.cached_input is None else self.cached_input
-        dollars = (usage["prompt"] - cached) * self.input + cached * cached_price + usage["completion"] * self.output
-        return dollars / 1e6 * (self.batch_factor if batch else 1.0)
-
-
-def find_price(model: str, price_input: float | None = None, price_output: float | None = None) -> Price | None:
-    """The model's price from the flags or configs/prices.json (dated snapshots cost what their family costs)."""
-    table = jload(_CONFIGS / "prices.json")
-    if (price_input is None) != (price_output is None):
-        raise UserError("--price_input and --price_output (USD per million tokens) go together.")
-    if price_input is not None:
-        return Price(float(price_input), float(price_output), batch_factor=table["batch_factor"])
-    known = table["models"].get(model) or table["models"].get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
-    return Price(**known, batch_factor=table["batch_factor"]) if known else None
-
-
-def check_retired(model: str) -> None:
-    """Raises UserError for a model that OpenAI has shut down, warns about one that it will shut down."""
-    table = jload(_CONFIGS / "retired_models.json")
-    date = next((day for day, names in table.items() if isinstance(names, list) and model in names), None)
-    _judge_shutdown(model, date)
-
-
-def _judge_shutdown(model: str, date: str | None) -> None:
-    if date and date <= datetime.date.today().isoformat():
-        raise UserError(
-            f"OpenAI shut down {model} on {date}. Use --model_name {DEFAULT_MODEL}, or give --base_url if {model} is "
-            "served elsewhere."
-        )
-    if date:
-        print(f"note: OpenAI will shut down {model} on {date}; {DEFAULT_MODEL} is the current small model.")
+# Whom to ask.
 
 
 def find_server(base_url: str | None) -> tuple[str, str, bool]:
@@ -153,11 +100,6 @@ def served_model(base_url: str | None, model: str) -> str:
         raise UserError(f"{url} serves {', '.join(sorted(names))}. Choose one with --model_name.")
     print(f"note: {url} serves {names[0]}; it is the teacher.")
     return names[0]
-
-
-def estimate_tokens(text: str) -> int:
-    """A cautious guess without a tokenizer: English has about four characters a token, other scripts fewer."""
-    return len(text.encode("utf-8")) // 4 + 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,7 +244,7 @@ class Teacher:
         except openai.APIConnectionError as error:
             raise _unreachable(self.url, error) from error
         else:
-            _judge_shutdown(self.model, getattr(found, "shutdown_date", None))
+            judge_shutdown(self.model, getattr(found, "shutdown_date", None))
 
     async def ask(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None) -> Reply:
         """One reply to a prompt, or to chat messages. `stop` goes to completion models only: chat models end by

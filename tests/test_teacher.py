@@ -10,6 +10,7 @@ import time
 import pytest
 from fake_openai import FakeOpenAI
 
+import model_catalog
 import teacher
 import utils
 from teacher import AskError, Teacher
@@ -256,23 +257,23 @@ def test_shutdown_dates_of_the_model_list(monkeypatch, capsys):
 
 def test_defaults_are_current_and_priced():
     """The default model is in the price table and not in the table of retired names."""
-    assert teacher.find_price(teacher.DEFAULT_MODEL).output > 0
-    teacher.check_retired(teacher.DEFAULT_MODEL)
+    assert model_catalog.find_price(teacher.DEFAULT_MODEL).output > 0
+    model_catalog.check_retired(teacher.DEFAULT_MODEL)
     dates = [day for day in utils.jload("configs/retired_models.json") if day[0].isdigit()]
     assert dates == sorted(dates) and len(utils.jload("configs/prices.json")["as_of"]) == 10
 
 
 def test_prices():
     """Flags before table, snapshots as their family, cached tokens and batches at their own price."""
-    price = teacher.find_price("x", price_input=1.0, price_output=10.0)
+    price = model_catalog.find_price("x", price_input=1.0, price_output=10.0)
     assert price.cost({"prompt": 1_000_000, "completion": 500_000}) == pytest.approx(6.0)
     assert price.cost({"prompt": 1_000_000, "completion": 500_000}, batch=True) == pytest.approx(3.0)
-    cached = teacher.Price(1.0, 10.0, cached_input=0.1)
+    cached = model_catalog.Price(1.0, 10.0, cached_input=0.1)
     assert cached.cost({"prompt": 1000, "cached": 600, "completion": 0}) == pytest.approx(460e-6)
-    assert teacher.find_price("gpt-4o-mini-2024-07-18") == teacher.find_price("gpt-4o-mini")
-    assert teacher.find_price("some-local-model") is None
+    assert model_catalog.find_price("gpt-4o-mini-2024-07-18") == model_catalog.find_price("gpt-4o-mini")
+    assert model_catalog.find_price("some-local-model") is None
     with pytest.raises(UserError, match="go together"):
-        teacher.find_price("x", price_input=1.0)
+        model_catalog.find_price("x", price_input=1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
