@@ -31,6 +31,10 @@ def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.nda
     return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
 
 
+class TooManyMeetings(Exception):
+    """More pairs share a signature than the caller wants to have compared."""
+
+
 class PairSearch:
     """Finds the pairs of token sequences above a threshold without comparing all with all.
 
@@ -62,10 +66,13 @@ class PairSearch:
         self.least = np.maximum(np.floor(threshold * (shorter + longer) / 2 - 1e-9).astype(np.int64) + 1, 1)
         self.possible = (shorter <= longer) & (self.least <= shorter)
 
-    def pairs(self, rows: np.ndarray, others: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def pairs(
+        self, rows: np.ndarray, others: np.ndarray | None = None, most: float = math.inf
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pairs of distinct texts above the threshold, within `rows` or between `rows` and `others`: left, right, F1.
 
-        Without `others`, left < right; with them, left is one of `rows`. Each pair comes once, sorted.
+        Without `others`, left < right; with them, left is one of `rows`. Each pair comes once, sorted. Raises
+        TooManyMeetings before it compares more than about `most` pairs.
         """
         found = [np.empty(0, np.int64)]
         k_of = np.minimum(self.least, self._subset_size(len(rows) + len(rows if others is None else others))[:, None])
@@ -73,7 +80,7 @@ class PairSearch:
             eligible = self.possible & (k_of == k)
             if not eligible.any():
                 continue
-            for candidates in self._candidates(rows, others, k, eligible):
+            for candidates in self._candidates(rows, others, k, eligible, most):
                 left, right = candidates >> 32, candidates & 0xFFFFFFFF
                 found.append(candidates[self._f1(left, right) > self.threshold])
         found = np.unique(np.concatenate(found))
@@ -88,7 +95,7 @@ class PairSearch:
             k_of[[math.comb(int(prefix), k) <= _MOST_SUBSETS for prefix in excess + k]] = k
         return k_of
 
-    def _candidates(self, rows, others, k, eligible) -> Iterator[np.ndarray]:
+    def _candidates(self, rows, others, k, eligible, most) -> Iterator[np.ndarray]:
         """Pairs of rows that share a signature of k tokens, as left << 32 | right, unique within each array."""
         m, n = self.sizes[:, None], self.sizes[None, :]
         # The last place in its prefix that a signature may use: of the shorter and of the longer text of a pair.
@@ -121,7 +128,7 @@ class PairSearch:
             order = np.argsort(keys)
             keys, owners, lasts = keys[order], owners[order], lasts[order]
             del order
-            yield from self._meetings(keys, owners, lasts, partner, of_longer, others is not None)
+            yield from self._meetings(keys, owners, lasts, partner, of_longer, others is not None, most / parts)
 
     def _signatures(self, rows, side, k, prefix, combinations, part, parts):
         """Yields keys, their rows and their last places. A key is 47 bits of hash, 1 of side, 16 of length number."""
@@ -155,7 +162,7 @@ class PairSearch:
                 key = key & np.uint64(0xFFFFFFFFFFFE0000) | np.uint64(side << 16 | int(size))
                 yield key, owner, last
 
-    def _meetings(self, keys, owners, lasts, partner, of_longer, between) -> Iterator[np.ndarray]:
+    def _meetings(self, keys, owners, lasts, partner, of_longer, between, most) -> Iterator[np.ndarray]:
         """Pairs of entries with one hash whose lengths and places allow a match; the shorter looks for the longer."""
         size = self.size_of[owners]
         reach = partner[size, lasts]
@@ -175,10 +182,12 @@ class PairSearch:
             stop = np.searchsorted(keys, keys[seekers] & ~np.uint64(0xFFFF) | reach, side="right")
         counts = np.maximum(stop - start, 0)
         ends = np.cumsum(counts)
+        if counts.sum() > most:
+            raise TooManyMeetings
         first = 0
         while first < len(seekers):
             done = ends[first - 1] if first else 0
-            after = max(int(np.searchsorted(ends, done + (1 << 22), side="right")), first + 1)
+            after = max(int(np.searchsorted(ends, done + _CHUNK, side="right")), first + 1)
             n = counts[first:after]
             p = np.repeat(seekers[first:after], n)
             q = np.repeat(start[first:after] - (ends[first:after] - n - done), n) + np.arange(len(p))

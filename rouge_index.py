@@ -12,6 +12,7 @@ queries, so it is the one that stayed. Texts of more than 64 tokens do not fit i
 """
 
 import itertools
+import math
 import re
 import unicodedata
 from array import array
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from pair_search import PairSearch, f1_scores
+from pair_search import PairSearch, TooManyMeetings, f1_scores
 
 SHORT = 64  # tokens that fit the bits of one machine word
 
@@ -251,7 +252,8 @@ def _common_subsequences(masks, m, columns, counts, size) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 # All near duplicates of a file.
 
-_LEAF = 8192  # rows that `first_repeats` compares all with all before it halves the rest
+_MEETINGS = 100  # pairs a row that `first_repeats` compares at once; ordinary files have ten to thirty
+_LEAF = 4096  # rows below which it compares however many there are
 
 
 def near_duplicates(
@@ -286,21 +288,24 @@ def first_repeats(
     because: dict[int, tuple[int, float]] = {}
 
     def keep(rows: np.ndarray) -> np.ndarray:
-        # What repeats the first half goes before the second half is compared with itself. A file of near copies
-        # shrinks to little at once, and no list of all its pairs ever exists.
-        if len(rows) > _LEAF:
+        try:
+            drop(*search.pairs(rows, most=math.inf if len(rows) <= _LEAF else _MEETINGS * len(rows)))
+        except TooManyMeetings:
+            # What repeats the first half goes before the second half is compared with itself. A file of near copies
+            # shrinks to little at once, and no list of all its pairs ever exists.
             first = keep(rows[: len(rows) // 2])
             second = rows[len(rows) // 2 :]
             drop(*search.pairs(first, second))
             second = keep(second[[row not in because for row in second.tolist()]])
             return np.concatenate([first, second])
-        drop(*search.pairs(rows))
         return rows[[row not in because for row in rows.tolist()]]
 
-    def drop(left, right, scores):
-        for a, b, score in sorted(zip(left.tolist(), right.tolist(), scores.tolist(), strict=True), key=_later_first):
-            if a not in because and b not in because:
-                because[b] = (a, score)
+    def drop(left: np.ndarray, right: np.ndarray, scores: np.ndarray) -> None:
+        order = np.lexsort((left, right))
+        for some in np.array_split(order, len(order) // 1_000_000 + 1):  # Python's numbers take much memory
+            for a, b, score in zip(left[some].tolist(), right[some].tolist(), scores[some].tolist(), strict=True):
+                if a not in because and b not in because:
+                    because[b] = (a, score)
 
     keep(np.arange(len(copies)))
     found = []
@@ -316,10 +321,6 @@ def dedup(texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = Fa
     kept = np.ones(len(texts), bool)
     kept[[j for _, j, _ in first_repeats(texts, threshold, unicode_dedup)]] = False
     return kept
-
-
-def _later_first(pair):
-    return pair[1], pair[0]
 
 
 def _distinct_texts(texts, threshold, unicode_dedup) -> tuple[PairSearch, list[list[int]]]:

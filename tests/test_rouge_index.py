@@ -187,6 +187,7 @@ def test_no_pair_is_missed(seed, monkeypatch):
     monkeypatch.setattr(pair_search, "_MOST_SUBSETS", int(rng.choice([1, 20, 4096])))
     monkeypatch.setattr(pair_search, "_CODE_POINTS", int(rng.choice([3, 1 << 20])))  # more tokens than code points
     monkeypatch.setattr(rouge_index, "_LEAF", int(rng.choice([4, 16, 8192])))
+    monkeypatch.setattr(rouge_index, "_MEETINGS", int(rng.choice([0, 3, 200])))
     vocabulary = [f"w{i}" for i in range(rng.choice([3, 10, 60]))]
     lengths = [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, int(rng.choice([3, 130]))]
     texts = [" ".join(rng.choice(vocabulary, rng.choice(lengths))) for _ in range(rng.choice([5, 40, 90]))]
