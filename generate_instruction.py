@@ -22,10 +22,10 @@ import task_harvest
 import task_parsing
 from data_check import check, clean
 from generation_run import FileWriter, GenerationRun, Progress, Prompter
+from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, find_price
 from reply_journal import Journal
 from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
 from task_parsing import encode_prompt
-from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, find_price
 from teacher import Teacher, find_server, served_model
 from utils import UserError, load_tasks, run_cli, run_record
 
