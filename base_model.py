@@ -134,6 +134,8 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     builds its shards empty and rank 0 fills them, one tensor at a time. In both, rows are added before sharding.
     """
     import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     args, name = training_args, model_args.model_name_or_path
     config = load_config(name, args.cache_dir)
@@ -153,8 +155,6 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     holds_weights = not (args.fsdp or zero3) or args.process_index == 0
 
     def full_model() -> Any:
-        from transformers import AutoModelForCausalLM
-
         options = {"quantization_config": four_bit()} if model_args.qlora else {}
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -180,8 +180,10 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     elif holds_weights:
         model = full_model()
     else:
-        model = empty_model(empty_config()).to(dtype)
-        model.tie_weights()
+        # Not on "meta": accelerate tells the optimizer's parameters apart by address. These have addresses, and no
+        # memory behind them as nothing is ever written there.
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(empty_config(), dtype=dtype)
     return with_adapters(model, model_args, args, say) if adapters else model
 
 

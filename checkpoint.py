@@ -201,7 +201,8 @@ def write_verified(
     Called on rank 0. `model`: a PreTrainedModel or PeftModel whose class and settings describe `weights` (its own
     tensors are not read); `probe`: (1, n) token ids; `expected`: (1, n, vocabulary) float32 logits of the model that
     was trained; `rounding`: how far, relatively, the written model's may be from them. The files are made in a folder
-    beside, checked there (see `check_model`), moved one by one and sealed. Raises RuntimeError that names the first thing that is wrong; `output_dir` is then as before.
+    beside, checked there (see `check_model`), moved one by one and sealed. Raises RuntimeError that names the first
+    thing that is wrong; `output_dir` is then as before.
     """
     output_dir = Path(output_dir)
     beside = output_dir / ".model.partial"
@@ -244,6 +245,8 @@ def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expect
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
+    from base_model import unsharded
+
     def wrong(text: str) -> None:
         raise RuntimeError(f"the written checkpoint is not what was trained: {text}")
 
@@ -263,9 +266,11 @@ def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expect
     if (folder / "adapter_config.json").exists():
         from peft import AutoPeftModelForCausalLM
 
-        model, report = AutoPeftModelForCausalLM.from_pretrained(folder), {}
+        with unsharded():
+            model, report = AutoPeftModelForCausalLM.from_pretrained(folder), {}
     else:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        with unsharded():
+            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(what, ()))):
             wrong(f"{what.replace('_', ' ')}: {', '.join(names[:5])}")

@@ -9,10 +9,17 @@ import os
 from pathlib import Path
 
 
-def prepare_environment(deepspeed: bool) -> None:
-    """Before deepspeed is imported: it asks this variable, not the hardware, what to run on."""
-    if deepspeed:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+def prepare_deepspeed() -> None:
+    """Makes DeepSpeed run on the CPU over gloo, without a compiler. Called before anything imports it.
+
+    DeepSpeed asks a variable, not the hardware, what it runs on. At its start it would compile a shared-memory
+    all-reduce: a minute that needs g++ and ninja, and a build killed half-way leaves a lock file on which every later
+    run waits for ever. gloo does the same job.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False  # noqa: B009 - a plain name is mangled
 
 
 def present_processes_as_devices() -> None:

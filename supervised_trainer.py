@@ -112,8 +112,11 @@ def sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
             yield tuple(token for token, real in zip(row, mask, strict=True) if real)
 
 
-class EarlyEvaluation(TrainerCallback):
-    """Two batches of the held-out rows before step 1, so that evaluation cannot fail first after hours."""
+class HeldOutLoss(TrainerCallback):
+    """Two batches of the held-out rows before step 1, so that evaluation cannot fail first after hours; all at the end.
+
+    `--eval_on_start True` measures all of them before step 1 too.
+    """
 
     def __init__(self, trainer: SupervisedTrainer):
         self.trainer = trainer
@@ -121,6 +124,12 @@ class EarlyEvaluation(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.trainer.eval_dataset is not None and not args.eval_on_start:
             self.trainer.held_out_loss(self.trainer.eval_dataset, max_batches=2 * args.world_size)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        finished = state.global_step >= state.max_steps
+        measured = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+        if self.trainer.eval_dataset is not None and finished and not measured:
+            self.trainer.evaluate()
 
 
 class SealCheckpoints(TrainerCallback):

@@ -94,8 +94,6 @@ def train(argv: list[str] | None = None) -> None:
         trainer.train(resume_from_checkpoint=resume)
         if stop.stopped:
             raise KeyboardInterrupt
-        if eval_set is not None:
-            trainer.evaluate()
         save(trainer, tokenizer, config, model_args, args)
         if args.process_index == 0:
             card = train_report.model_card(model_args.model_name_or_path, inputs, settings, trainer.report.final)
@@ -122,7 +120,7 @@ def load_data(data_args, args, tokenizer):
 
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set):
     """(trainer, the callback that knows whether a signal ended training)."""
-    from supervised_trainer import EarlyEvaluation, SealCheckpoints, StopOnSignal, SupervisedTrainer
+    from supervised_trainer import HeldOutLoss, SealCheckpoints, StopOnSignal, SupervisedTrainer
     from train_data import PaddedCollator, PaddingFreeCollator, takes_logits_to_keep
     from train_report import ReportCallback
 
@@ -139,7 +137,7 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     )  # fmt: skip
     trainer.report = ReportCallback(trainer, train_set.report, adapters=bool(model_args.lora_r or model_args.qlora))
     stop = StopOnSignal(trainer)
-    for callback in (EarlyEvaluation(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
+    for callback in (HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
         trainer.add_callback(callback)
     return trainer, stop
 

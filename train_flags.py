@@ -405,7 +405,8 @@ def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, Data
     pairs = modernise(pairs, has_gpu, processes, notes, problems)
     uses_deepspeed = any(name == "deepspeed" and values for name, values in pairs)
     if not has_gpu:
-        cpu_cluster.prepare_environment(uses_deepspeed)
+        if uses_deepspeed and importlib.util.find_spec("deepspeed"):
+            cpu_cluster.prepare_deepspeed()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(cpu_cluster.sensible_threads(processes_here))
 
