@@ -321,7 +321,9 @@ def begin_or_go_on(
             f"the replies in {journal.path} were made with other settings:\n{shown}\n"
             "Use the old ones, choose another --output_dir, or add --change_settings True to mix them."
         )
-    if changed or target != runs[-1]["target"]:
+    if target < runs[-1]["target"]:  # a lower wish takes nothing away that is kept already
+        begin["target"] = max(target, len(task_harvest.harvest_journal(journal.records).tasks))
+    if changed or begin["target"] != runs[-1]["target"]:
         journal.append_now([begin | ({"seeds": list(seeds)} if "seed_tasks_path" in changed else {})])
 
 

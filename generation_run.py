@@ -112,6 +112,9 @@ class GenerationRun:
         harvester = asyncio.create_task(self._harvest_forever())
         harvester.add_done_callback(lambda _: self._changed.set())
         try:
+            while self._harvestable() and not harvester.done():  # what an earlier run left comes before new requests
+                await self._changed.wait()
+                self._changed.clear()
             while True:
                 while len(self._under_way) < self.limits["max_concurrency"]:
                     job = self._next_job()

@@ -96,10 +96,12 @@ class Journal:
                 await asyncio.to_thread(self.append_now, [record for record, _ in together])
             except OSError as error:  # a full disk: every one of these replies must hear of it
                 for _, done in together:
-                    done.set_exception(UserError(f"{self.path} cannot be written: {error}"))
+                    if not done.cancelled():
+                        done.set_exception(UserError(f"{self.path} cannot be written: {error}"))
             else:
                 for _, done in together:
-                    done.set_result(None)
+                    if not done.cancelled():
+                        done.set_result(None)
 
     def close(self) -> None:
         os.close(self._file)

@@ -237,6 +237,9 @@ class FakeOpenAI:
         if made is None:
             made = made_up_reply(prompt, self.tasks_per_reply)
         choice = made if isinstance(made, dict) else {"text": made, "finish_reason": "stop"}
+        room = 4 * (body.get("max_tokens") or body.get("max_completion_tokens") or 10**9)  # four characters a token
+        if len(choice["text"] or "") > room:
+            choice = {**choice, "text": choice["text"][:room], "finish_reason": "length"}
         if fault in ("length", "content_filter"):
             choice = {"text": choice["text"][: len(choice["text"]) * 2 // 3], "finish_reason": fault}
         if fault == "empty":
