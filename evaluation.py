@@ -114,14 +114,20 @@ def _answer_from_server(
     from collections import Counter
 
     from answer_journal import AnswerJournal, answered_row
-    from teacher import AskError, Teacher, find_price
+    from model_catalog import find_price
+    from teacher import AskError, Teacher
 
     model, api = settings["model"], settings["api"]
     price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
 
     async def ask_all(journal: AnswerJournal) -> None:
         teacher = Teacher(
-            model, settings["base_url"], api, settings["temperature"], settings["top_p"], settings["max_new_tokens"]
+            model,
+            settings["base_url"],
+            api,
+            temperature=settings["temperature"],
+            top_p=settings["top_p"],
+            max_tokens=settings["max_new_tokens"],
         )
         turn = asyncio.Semaphore(max_concurrency)
 
@@ -202,7 +208,7 @@ def judge(
         answers_1: Answer file of the model to compare with (generator_1).
         answers_2: Answer file of the model in question (generator_2): win rates are its.
         output_dir: Where the verdicts go.
-        model: The judge's name at the server; by default the project's default teacher.
+        model: The judge's name at the server; by default the server's own model, or the project's teacher at OpenAI.
         base_url: An OpenAI-compatible server; OpenAI itself by default.
         api: auto, chat or completions.
         name_1: Name of the first model, instead of the one in its file.
@@ -218,12 +224,11 @@ def judge(
         overwrite: Replace the verdicts of an earlier run in output_dir.
     """
     import judge as judging
-    from teacher import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Teacher, find_price
+    from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, find_price
+    from teacher import Teacher, served_model
 
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
-    if model is None:
-        model, reasoning_effort = DEFAULT_MODEL, reasoning_effort or DEFAULT_MODEL_EFFORT
     first, second = judging.load_answers(answers_1, name_1), judging.load_answers(answers_2, name_2)
     pairs, alone = judging.pair_answers(first, second)
     if not pairs:
@@ -233,6 +238,9 @@ def judge(
     if alone:
         print(f"note: {alone} rows have no partner in the other file and are left out.")
     pairs = pairs[:limit]
+    model = model or served_model(base_url, DEFAULT_MODEL)
+    if model == DEFAULT_MODEL:
+        reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
 
     tally = judging.Tally(find_price(model, price_input, price_output))
     settings = {
@@ -241,7 +249,14 @@ def judge(
     }  # fmt: skip
 
     async def ask():
-        teacher = Teacher(model, base_url, api, temperature, None, max_tokens, reasoning_effort)
+        teacher = Teacher(
+            model,
+            base_url,
+            api,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            reasoning_effort=reasoning_effort,
+        )
         cache = judging.ReplyCache(output / "judge_cache.jsonl")
         try:
             await teacher.check_model()

@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from teacher import AskError, Price, Teacher
+from model_catalog import Price
+from teacher import AskError, Teacher
 from utils import UserError, load_tasks
 from win_rate import category_of
 
