@@ -46,6 +46,9 @@ class PairSearch:
     sequences that match share one. Three tokens make chance meetings rare in a million texts, two in fewer; where c is
     smaller, or a prefix so long that it has too many subsets, k is smaller.
 
+    Made for instructions: among texts of hundreds of tokens, which all share a few of their rarer ones, nearly every
+    pair is compared.
+
     flat: the token numbers of all sequences, one sequence after the other; lengths: how many each has. No two
     sequences are equal. threshold: 0 <= threshold < 1.
     """
