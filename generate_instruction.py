@@ -27,7 +27,7 @@ from reply_journal import Journal
 from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
 from task_parsing import encode_prompt
 from teacher import Teacher, find_server, served_model
-from utils import UserError, load_tasks, run_cli, run_record
+from utils import UserError, load_tasks, run_cli, run_record, sha256_file
 
 __all__ = [
     "encode_prompt", "post_process_gpt3_response", "find_word_in_string", "generate_instruction_following_data",
@@ -307,15 +307,17 @@ def begin_or_go_on(
     if not runs:
         earlier = journal.path.with_name("regen.json")
         imported = load_tasks(earlier) if earlier.exists() else []
+        first = [{**begin, "seeds": list(seeds)}]
         if imported:
             print(f"note: going on from the {len(imported)} tasks of {earlier}.")
-        journal.append_now(
-            [{**begin, "seeds": list(seeds)}, *({"kind": "imported", "task": task} for task in imported)]
-        )
+            mark = {"kind": "written", "sha256": {earlier.name: sha256_file(earlier)}}  # its tasks are kept: it is ours
+            first += [mark, *({"kind": "imported", "task": task} for task in imported)]
+        journal.append_now(first)
         return
     old = runs[-1]["settings"]
+    answered = any(record["kind"] in ("reply", "answer") for record in journal.records)
     changed = [name for name in settings if settings[name] != old.get(name)]
-    if changed and not change_settings:
+    if changed and answered and not change_settings:
         shown = "\n".join(f"  --{name}: {_short(old.get(name))}, now {_short(settings[name])}" for name in changed)
         raise UserError(
             f"the replies in {journal.path} were made with other settings:\n{shown}\n"
@@ -334,13 +336,9 @@ def _short(value: Any) -> str:
 
 def refuse_foreign_files(writer: FileWriter) -> None:
     """A regen.json that changed since this run wrote it would be lost; alpaca_data.json is only left alone."""
-    imported = any(record["kind"] == "imported" for record in writer.journal.records)
-    first = not any(record["kind"] == "written" for record in writer.journal.records)
-    for path in list(writer.left_alone):
+    for path in writer.left_alone:
         if path.name == "alpaca_data.json":
             print(f"note: {path} was not written by this run and is left alone; regen.json gets the same tasks.")
-        elif imported and first and path.name == "regen.json":
-            writer.left_alone.remove(path)  # its tasks are in the journal now
         else:
             raise UserError(f"{path} was not written by this run. Move it away, or add --overwrite True to replace it.")
 

@@ -41,7 +41,7 @@ class FakeOpenAI:
     batch_polls: how often a batch is "in_progress" when asked for. context_room: reply tokens up to which the fault
     "context" lets a request pass.
     log: a dict for each request to a completions endpoint: number, path, body, fault, status, text, done (the whole
-    reply was handed to the network), request_id, begin and end (time.monotonic()).
+    reply was handed to the network), request_id, latency, begin and end (time.monotonic()).
     """
 
     def __init__(
@@ -161,7 +161,8 @@ class FakeOpenAI:
                 entry["status"] = refusal[0]
                 return await self._send(writer, *refusal)
             fault = entry["fault"] = self._fault(entry["number"], body)
-            await asyncio.sleep(self.latency(self.rng) if callable(self.latency) else self.latency)
+            entry["latency"] = self.latency(self.rng) if callable(self.latency) else self.latency
+            await asyncio.sleep(entry["latency"])
             return await self._complete_with(fault, path, body, entry, writer)
         finally:
             self.parallel -= 1
@@ -378,11 +379,20 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--latency", type=float, default=0.0, help="mean seconds before a reply")
     parser.add_argument("--rough", type=float, default=0.0, help="share of requests that meet a fault")
+    parser.add_argument("--tasks", type=int, default=5, help="tasks in a reply")
+    parser.add_argument("--log", help="file that gets the log of requests, as JSON, at the end")
     flags = parser.parse_args()
     shares = {name: flags.rough / len(ROUGH) for name in ROUGH}
     with FakeOpenAI(
-        port=flags.port, faults=shares, latency=lambda rng: rng.uniform(0.5, 1.5) * flags.latency
+        port=flags.port,
+        faults=shares,
+        latency=lambda rng: rng.uniform(0.5, 1.5) * flags.latency,
+        tasks_per_reply=flags.tasks,
     ) as running:
         print(f"listening on {running.base_url}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
+    if flags.log:
+        kept = [{name: value for name, value in entry.items() if name != "body"} for entry in running.log]
+        with open(flags.log, "w") as stream:
+            json.dump(kept, stream)

@@ -1,0 +1,142 @@
+"""Rows per second of generate_instruction.py at several concurrencies, beside the ideal and beside a serial loop.
+
+    python benchmarks/bench_generate.py                                            # full scale, about three minutes
+    python benchmarks/bench_generate.py --concurrencies 1,8 --seconds 5 --latency 0.5 --serial_requests 3  # one minute
+
+The teacher is tests/fake_openai.py in a process of its own; it answers after a time drawn evenly between half and one
+and a half times --latency. The ideal is what so many requests at a time could do with exactly those latencies and
+nothing else: each starts the moment an earlier one ends. The serial loop is the plain way: one request after the other,
+each new instruction compared by rouge_score with all earlier ones.
+"""
+
+import contextlib
+import heapq
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import task_parsing
+import utils
+from generation_run import Prompter
+from utils import run_cli
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = 17  # in a reply: the list of 20 less its three examples
+
+
+@contextlib.contextmanager
+def fake_server(latency: float, log: Path) -> Iterator[str]:
+    """The base URL of a fake server in a process of its own, which writes its log of requests when it ends."""
+    command = [sys.executable, "tests/fake_openai.py", "--port", "0", "--latency", str(latency)]
+    command += ["--tasks", str(TASKS), "--log", str(log)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
+def ideal_seconds(latencies: list[float], concurrency: int) -> float:
+    """How long `concurrency` slots take for requests of these lengths, in this order, without any pause."""
+    slots = [0.0] * concurrency
+    for latency in latencies:
+        heapq.heapreplace(slots, slots[0] + latency)
+    return max(slots)
+
+
+def measure(concurrency: int, requests: int, latency: float) -> dict[str, float]:
+    """One real run, as users start it, for about so many requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.json"
+        with fake_server(latency, log) as base_url:
+            begin = time.monotonic()
+            command = [
+                sys.executable,
+                "generate_instruction.py",
+                "--output_dir",
+                f"{folder}/run",
+                "--base_url",
+                base_url,
+            ]
+            command += ["--model_name", "fake-model", "--max_concurrency", str(concurrency)]
+            command += ["--num_instructions_to_generate", str(int(requests * TASKS * 0.95))]
+            command += ["--expected_tasks_per_request", str(TASKS * 0.95)]
+            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            whole = time.monotonic() - begin
+        entries = [entry for entry in json.loads(log.read_text()) if entry["done"]]
+        rows = len(utils.jload(f"{folder}/run/alpaca_data.json"))
+    seconds = max(entry["end"] for entry in entries) - min(entry["begin"] for entry in entries)
+    ideal = ideal_seconds([entry["latency"] for entry in entries], concurrency)
+    return {"requests": len(entries), "rows": rows, "seconds": seconds, "ideal": ideal, "whole": whole}
+
+
+def serial_loop(requests: int, latency: float) -> float:
+    """Rows per second of the plain way over `requests` requests."""
+    import openai
+    from rouge_score import rouge_scorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    seeds = [{"id": str(row), **seed} for row, seed in enumerate(utils.load_tasks(ROOT / "seed_tasks.jsonl"))]
+    settings = {"seed": 0, "num_prompt_instructions": 3, "num_tasks_per_request": 20, "sample_from_generated": 0}
+    prompter = Prompter(seeds, {**settings, "answer_separately": False}, task_parsing.PROMPT_FILE.read_text())
+    tokenizer = DefaultTokenizer(use_stemmer=False)
+    with tempfile.TemporaryDirectory() as folder, fake_server(latency, Path(folder) / "log.json") as base_url:
+        client = openai.OpenAI(base_url=base_url, api_key="none")
+        pool = [tokenizer.tokenize(seed["instruction"]) for seed in seeds]
+        kept, begin = 0, time.monotonic()
+        for index in range(requests):
+            prompt, _ = prompter.prompt(index, [])
+            reply = client.completions.create(model="m", prompt=prompt, max_tokens=3072).choices[0]
+            for task in task_parsing.parse_reply(reply.text, 4):
+                tokens = tokenizer.tokenize(task.instruction)
+                if max(rouge_scorer._score_lcs(tokens, other).fmeasure for other in pool) <= 0.7:
+                    pool.append(tokens)
+                    kept += 1
+        return kept / (time.monotonic() - begin)
+
+
+def bench(
+    concurrencies: str = "1,8,32,128", latency: float = 2.0, seconds: float = 30.0, serial_requests: int = 10
+) -> None:
+    """Prints the table, in Markdown, with hardware, versions, commit and command.
+
+    Args:
+        concurrencies: numbers of requests at a time, separated by commas.
+        latency: mean seconds before a reply.
+        seconds: about how long each run asks.
+        serial_requests: requests of the serial loop.
+    """
+    levels = [int(level) for level in str(concurrencies).strip("()").split(",")]
+    serial = serial_loop(serial_requests, latency)
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown CPU")
+    print(f"{model}, {len(os.sched_getaffinity(0))} cores; {time.strftime('%Y-%m-%d')}; commit {utils.git_commit()}")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("openai", "httpx2", "numpy"))
+    print(f"Python {platform.python_version()}, {versions}; latency {latency / 2:g} to {latency * 1.5:g} s")
+    print(f"`python {shlex.join(sys.argv)}`\n")
+    print("| requests at a time | requests | rows | s | rows/s | ideal rows/s | of the ideal | of the serial loop |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(f"| serial loop | {serial_requests} | | | {serial:.1f} | | | 1.0 |")
+    for concurrency in levels:
+        got = measure(concurrency, max(4, round(concurrency * seconds / latency)), latency)
+        rate, ideal = got["rows"] / got["seconds"], got["rows"] / got["ideal"]
+        print(
+            f"| {concurrency} | {got['requests']:,} | {got['rows']:,} | {got['seconds']:.1f} ({got['whole']:.1f} with "
+            f"start and files) | {rate:.1f} | {ideal:.1f} | {rate / ideal:.1%} | {rate / serial:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_cli({"bench": bench}, default="bench")
