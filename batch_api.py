@@ -191,7 +191,7 @@ class _BatchRun:
                     await asyncio.sleep(2**attempt)
                     continue
             self.journal.append_now([{"kind": "batch_submitted", "number": plan["number"], "batch_id": batch_id}])
-            print(f"batch {batch_id}: {plan['last'] - plan['first'] + 1:,} requests submitted")
+            print(f"batch {batch_id}: {plan['last'] - plan['first'] + 1:,} requests submitted; it goes on if this ends")
             return batch_id
         raise UserError("no batch could be submitted")
 

@@ -258,7 +258,7 @@ def ask_until_done(teacher, journal, prompter, price, limits, writer):
 
 def _new_harvest(records: Sequence[Mapping]) -> task_harvest.Harvest:
     """A harvest with the journal's settings and nothing read yet."""
-    return task_harvest.harvest_journal([record for record in records if record["kind"] in ("run", "imported")])
+    return task_harvest.harvest_journal([record for record in records if record["kind"] == "run"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,13 +306,12 @@ def begin_or_go_on(
     begin = {"kind": "run", "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "target": target, "settings": dict(settings)}
     if not runs:
         earlier = journal.path.with_name("regen.json")
-        imported = load_tasks(earlier) if earlier.exists() else []
-        first = [{**begin, "seeds": list(seeds)}]
-        if imported:
-            print(f"note: going on from the {len(imported)} tasks of {earlier}.")
-            mark = {"kind": "written", "sha256": {earlier.name: sha256_file(earlier)}}  # its tasks are kept: it is ours
-            first += [mark, *({"kind": "imported", "task": task} for task in imported)]
-        journal.append_now(first)
+        begin["seeds"] = list(seeds)
+        if earlier.exists():
+            # All in one record, which is there whole or not at all. The checksum makes the file one of this run's own.
+            begin |= {"imported": load_tasks(earlier), "sha256": {earlier.name: sha256_file(earlier)}}
+            print(f"note: going on from the {len(begin['imported'])} tasks of {earlier}.")
+        journal.append_now([begin])
         return
     old = runs[-1]["settings"]
     answered = any(record["kind"] in ("reply", "answer") for record in journal.records)

@@ -342,7 +342,7 @@ class FileWriter:
                 self.left_alone.append(path)
 
     def _marks(self) -> list[dict[str, Any]]:
-        return [record for record in self.journal.records if record["kind"] == "written"]
+        return [record for record in self.journal.records if "sha256" in record]
 
     def due(self) -> bool:
         return time.monotonic() - self._last > max(WRITE_EVERY, 20 * self._took)

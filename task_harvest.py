@@ -155,8 +155,7 @@ def harvest_journal(records: Sequence[Mapping[str, Any]]) -> Harvest:
     """
     runs = [record for record in records if record["kind"] == "run"]
     seeds = next(record["seeds"] for record in reversed(runs) if "seeds" in record)
-    imported = [record["task"] for record in records if record["kind"] == "imported"]
-    harvest = Harvest(seeds, runs[-1]["settings"], runs[-1]["target"], imported)
+    harvest = Harvest(seeds, runs[-1]["settings"], runs[-1]["target"], runs[0].get("imported", ()))
     answers = answers_of(records)
     separate = runs[-1]["settings"].get("answer_separately")
     for reply in replies_in_order(records):

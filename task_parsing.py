@@ -121,6 +121,8 @@ def parse_reply(text: str, first_number: int = 1, cut: bool = False, outputs: bo
     """
     text = re.sub(r"\r\n?", "\n", text)
     text = re.sub(r"(?s)^\s*<think>.*?</think>", "", text)  # some servers leave a reasoning model's thoughts in
+    # Chat models like to repeat the number that the prompt ended with, without its "Instruction:".
+    text = re.sub(rf"^\s*{first_number}[.)]\s+(?![*_]*(?i:instruction))", "", text)
     chunks, numbered = _split_tasks(f"{first_number}. Instruction:\n{text}", first_number, outputs)
     last = len(chunks) - 1
     if cut:

@@ -221,7 +221,12 @@ def test_a_gap_left_by_a_stop_is_asked_first(tmp_path, server):
 
 
 def test_other_settings_are_refused_by_name(tmp_path, server):
-    """Mixing replies of two settings silently would make the data set unexplainable."""
+    """Mixing replies of two settings silently would make the data set unexplainable; before the first reply all may
+    change, as after a misspelt model name."""
+    server.faults = {"404": 1.0}
+    with pytest.raises(UserError, match="does not exist"):
+        generate(tmp_path, server, 8, model_name="fake-modle", seed=7)
+    server.faults = {}
     generate(tmp_path, server, 8)
     before = contents(tmp_path)
     with pytest.raises(UserError, match="(?s)--temperature: 1.0, now 0.5.*--change_settings"):

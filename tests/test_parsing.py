@@ -320,6 +320,12 @@ def test_preambles_and_line_ends(preamble):
     assert rows(parse_reply(text, 4)) == rows(parse_reply(text.replace("\n", "\r\n"), 4)) == TASKS
 
 
+def test_the_number_alone_is_repeated():
+    """ "4. Name two planets..." after a prompt that ended with "4. Instruction:" is no part of the instruction."""
+    text = write_reply("{n}. {f}:", "###\n").replace("4. Instruction: ", "4. ")
+    assert rows(parse_reply(text, 4)) == TASKS
+
+
 def test_remarks_behind_the_list_are_no_answer():
     """Behind the format's own separator nothing belongs to the last answer."""
     text = write_reply("{n}. {f}:", "###\n") + "\nI hope these tasks help you!"
