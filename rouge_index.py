@@ -222,7 +222,7 @@ class RougeLIndex:
         from rapidfuzz.distance import LCSseq
 
         rows = [row for row in rows if self._ids[row]]
-        # -1 for what the pool does not know: its own padding number 0 does not occur in `_ids` either.
+        # Tokens that the pool does not know are 0 here, which no instruction holds.
         query, pool = array("q", numbers), [self._ids[row] for row in rows]
         lcs = process.cdist([query], pool, scorer=LCSseq.similarity, dtype=np.int32)[0]
         result[rows] = f1_scores(lcs, np.float64(len(numbers)), np.array([len(ids) for ids in pool], np.float64))

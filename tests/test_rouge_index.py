@@ -107,7 +107,8 @@ def test_pool_grows_past_its_room():
 def test_nothing_in_the_pool():
     """Guards an empty pool and an empty list of candidates against errors."""
     index = RougeLIndex()
-    assert index.scores("a b").shape == (0,)
+    assert index.scores("a b").shape == index.scores("a " * 100).shape == (0,)
+    assert RougeLIndex(["", "!"]).scores("a " * 100).tolist() == [0.0, 0.0]
     assert index.scores_many(["a", ""]).shape == (2, 0)
     assert index.scores_many([]).shape == (0, 0)
     assert index.top("a b", 3) == []
