@@ -211,7 +211,7 @@ class RougeLIndex:
         self._counts = [int((lengths > j).sum()) for j in range(int(lengths.max(initial=0)))]
         starts = starts[order]
         self._columns = np.concatenate([flat[starts[:n] + j] for j, n in enumerate(self._counts)] or [flat])
-        # Sorting costs as much as some fifty candidates; room for an eighth of the pool makes it vanish.
+        # Sorting costs as much as some forty candidates; room for an eighth of the pool makes it vanish.
         room = max(1024, len(self) // 8)
         self._recent = np.zeros((SHORT, room), np.int64)
         self._recent_lengths = np.zeros(room, np.int64)
