@@ -51,6 +51,7 @@ class _BatchRun:
     async def run(self) -> tuple[Harvest, str, float]:
         import openai
 
+        self._requests_before = len(harvest_journal(self.journal.records).kept_after)
         try:
             await self.teacher.check_model()
             while True:
@@ -92,7 +93,10 @@ class _BatchRun:
         if harvest.full:
             return "target reached"
         quiet = self.limits["max_requests_without_new"]
-        if len(harvest.kept_after) > quiet and harvest.kept_after[-1] == harvest.kept_after[-1 - quiet]:
+        if (
+            len(harvest.kept_after) - self._requests_before > quiet
+            and harvest.kept_after[-1] == harvest.kept_after[-1 - quiet]
+        ):
             return "nothing new"
         return None
 

@@ -96,6 +96,7 @@ class GenerationRun:
 
         # Replies arrive in any order and are harvested by index.
         self._arrived = {record["index"]: record for record in replies_in_order(journal.records)}
+        self._of_earlier_runs = set(self._arrived)
         self._answers = answers_of(journal.records)
         last = max(self._arrived, default=-1)
         self._missing = deque(index for index in range(last + 1) if index not in self._arrived)
@@ -291,9 +292,10 @@ class GenerationRun:
             self.harvest.settle(entry, self._answers.get((entry["request"], entry["part"]))) for entry in entries
         )
         self.harvest.kept_after.append(len(self.harvest.tasks))
-        self._without_new = 0 if kept or "text" not in self._arrived[index] else self._without_new + 1
-        if self._without_new >= self.limits["max_requests_without_new"]:
-            self._stop("nothing new")
+        if index not in self._of_earlier_runs and "text" in self._arrived[index]:
+            self._without_new = 0 if kept else self._without_new + 1
+            if self._without_new >= self.limits["max_requests_without_new"]:
+                self._stop("nothing new")
         self.progress.show(self)
 
 

@@ -349,6 +349,9 @@ def test_every_rejection_is_in_the_ledger_with_its_reason(tmp_path, server, caps
     ]  # fmt: skip
     assert rejected[3]["similar_to"] == "Name the largest planet." and 0.7 < rejected[3]["similarity"] < 1
     assert "Ended by: nothing new." in capsys.readouterr().out
+    server.reply = None  # the teacher has ideas again: the same command goes on
+    generate(tmp_path, server, 5, max_requests_without_new=3)
+    assert len(jload(tmp_path / "regen.json")) == 5
 
 
 def test_separate_answers_are_paid_once_and_checked(tmp_path, server, capsys):
@@ -373,6 +376,16 @@ def test_separate_answers_are_paid_once_and_checked(tmp_path, server, capsys):
     assert len(set(asked)) == len(asked)
     reasons = {row["reason"] for row in read_jsonl(tmp_path / "rejections.jsonl")}
     assert {"answer cut off", "refusal"} <= reasons
+
+
+def test_separate_answers_need_chat_and_nothing_else(tmp_path, capsys):
+    """Lists of instructions go over chat where there are no completions; answers cannot go without chat."""
+    with FakeOpenAI(completions=False, tasks_per_reply=4) as server:
+        generate(tmp_path / "chat", server, 8, answer_separately=True)
+    assert len(jload(tmp_path / "chat" / "alpaca_data.json")) == 8
+    assert capsys.readouterr().err.count("has no completions endpoint; chat is used") == 1
+    with FakeOpenAI(chat=False, tasks_per_reply=4) as server, pytest.raises(UserError, match="--api"):
+        generate(tmp_path / "none", server, 8, answer_separately=True)
 
 
 def test_any_script_with_unicode_dedup(tmp_path, server):
