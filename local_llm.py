@@ -9,9 +9,10 @@ The server is llama.cpp's own, in this process, from the xllamacpp wheel. It has
 /v1/chat/completions with streaming, and decodes all requests together. A request that does not say otherwise is sampled
 with llama.cpp's defaults (temperature 0.8, top_k 40, top_p 0.95, min_p 0.05).
 
-Measured on two cores of an AMD EPYC (Zen 3) on 2026-11-24, 8 completions of 64 tokens at once after 63-token prompts:
-this server 116 tokens/s, ready after 0.7 s, 580 MB; `transformers serve` (5.23.0) with continuous batching 28 tokens/s
-in bfloat16 (1.2 GB) and 20 in float32 (1.9 GB), without it 6.
+Measured on two cores of an AMD EPYC (Zen 3) on 2026-11-24, 8 completions of 64 tokens at once after 63-token prompts,
+contexts of 2,048: 116 tokens/s on a quiet machine, and 18 to 89 where other work wanted the same cores. `transformers
+serve` 5.23.0 gave 28 with continuous batching in bfloat16, 20 in float32 and 6 without batching, in another run whose
+load was not recorded: slower, by a factor that these figures do not settle.
 """
 
 import contextlib
