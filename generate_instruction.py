@@ -129,6 +129,7 @@ def generate_instruction_following_data(
     Raises:
         UserError: wrong settings, or a teacher that cannot be asked; what was answered is kept.
     """
+    output_dir = str(output_dir)  # a folder named 2026 arrives as a number
     if batch_api and answer_separately:
         raise UserError(
             "--batch_api and --answer_separately cannot be combined: a batch takes hours, answers need two."
@@ -427,7 +428,7 @@ def rebuild(output_dir: str = "./", overwrite: bool = False) -> None:
         output_dir: the folder of a run.
         overwrite: replace files that the run did not write.
     """
-    path = Path(output_dir) / "responses.jsonl"
+    path = Path(str(output_dir)) / "responses.jsonl"
     if not path.is_file():
         raise UserError(f"no file {path}: rebuild needs the folder of a run.")
     journal = Journal(path)

@@ -240,7 +240,8 @@ class Teacher:
         try:
             found = await self._client.models.retrieve(self.model)
         except openai.APIStatusError as error:
-            self.stop_if_permanent(error)
+            if error.status_code != 403:  # a restricted key may ask models and yet not list them
+                self.stop_if_permanent(error)
         except openai.APIConnectionError as error:
             raise _unreachable(self.url, error) from error
         else:
