@@ -118,7 +118,7 @@ def run_cli(commands: Mapping[str, Callable], default: str | None = None) -> Non
 
         # Fire sends help through a pager on a terminal; plain text is what a reader of --help expects.
         os.environ.setdefault("PAGER", "cat")
-        for function in commands.values():
+        for function in commands.values() if not wants_help else ():  # help would list what the decorator leaves
             # Fire reads values as Python: "red, blue" would become a tuple and "7" a number. A text stays a text.
             parameters = inspect.signature(function).parameters.values()
             texts = {p.name: str for p in parameters if p.annotation in (str, str | None, "str", "str | None")}
