@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from weight_manifest import FORMAT_VERSION, MANIFEST
 
 # Small files that make a folder of weights a model. Code (.py) and the training run's own records stay behind.
 TRAVELLING = (".json", ".model", ".txt", ".jinja", ".tiktoken")
-STAYING = ("run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
+STAYING = ("run.json", "train_report.json", "trainer_state.json", "all_results.json", "train_results.json")
+# The diff has files of these names of its own, or they speak of the tuned weights: there they are called tuned_*.
+RENAMED = ("config.json", INDEX, "checksums.json", "README.md")
 PROGRESS = "progress.json"  # in the work folder: per finished shard, the sha256 and sum of its tensors
 
 
@@ -50,11 +53,15 @@ def model_label(path: str | os.PathLike) -> str:
     return Path(str(path)).resolve().name if Path(str(path)).is_dir() else str(path)
 
 
+def output_folder(path: str | os.PathLike) -> Path:
+    """The absolute path of a folder to make."""
+    return Path(str(path)).expanduser().resolve()
+
+
 def refuse_inside(target: Path, *inputs: Path) -> None:
     """Raises UserError where the output is an input, lies in one, or holds one."""
-    out = target.resolve()
     for path in (path.resolve() for path in inputs):
-        if out == path or out in path.parents or path in out.parents:
+        if target == path or target in path.parents or path in target.parents:
             raise UserError(f"the output {target} and the input {path} are the same, or one inside the other.")
 
 
@@ -64,14 +71,10 @@ def refuse_taken(target: Path) -> None:
         raise UserError(f"{target} already exists and is left alone. Choose another path, or move it away.")
 
 
-def need_space(target: str | os.PathLike | None, nbytes: int) -> None:
+def need_space(target: Path, nbytes: int) -> None:
     """Raises UserError where the disk of `target` has less than `nbytes` and a little free."""
-    if target is None:
-        return
-    folder = Path(target).resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    held = sum(p.stat().st_size for p in Path(target).resolve().parent.glob(f".{Path(target).name}.*/*") if p.is_file())
+    folder = next(parent for parent in target.parents if parent.exists())
+    held = sum(path.stat().st_size for path in target.parent.glob(f".{target.name}.*/*") if path.is_file())
     free = shutil.disk_usage(folder).free + held  # what an interrupted run wrote is kept or written over
     needed = nbytes + 64 * 2**20
     if free < needed:
@@ -80,22 +83,30 @@ def need_space(target: str | os.PathLike | None, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def work_folder(target: Path, doing: str) -> Iterator[Path]:
-    """A hidden folder beside `target` where it is put together, for one process at a time; it outlives a failure."""
+    """A hidden folder beside `target` where it is put together, by one process at a time; it outlives a failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.{doing}"
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
+    work.mkdir(exist_ok=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = work.is_dir() and os.path.samestat(os.stat(work), os.fstat(lock))
         except BlockingIOError:
-            raise UserError(f"another process is {doing} {target} right now. Wait for it, or stop it.") from None
-        work.mkdir(exist_ok=True)
+            ours = False
+        if not ours:  # held by another process, or finished and renamed by one this very moment
+            raise UserError(f"another process is {doing} {target} right now. Wait for it, or stop it.")
         try:
             yield work
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise UserError(f"the disk of {target} is full. Make room and run the same command again.") from error
             raise
-        os.unlink(lock.name)
+        finally:
+            if work.exists():
+                print(f"unfinished work is kept in {work}; the same command uses it again.", file=sys.stderr)
+    finally:
+        os.close(lock)
 
 
 def clear(work: Path, keep: set[str]) -> None:
@@ -129,15 +140,10 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def copy_small_files(tuned_folder: Path, work: Path, manifest: dict) -> None:
-    """Copies the tuned model's small files into the diff, marks the diff's config, writes its card.
-
-    The tuned config and index stand in the diff as tuned_*: recover brings back the very bytes.
-    """
-    travelling = small_files(tuned_folder)
-    if (tuned_folder / INDEX).is_file():
-        travelling.append(tuned_folder / INDEX)
-    for path in travelling:
-        stored_as = f"tuned_{path.name}" if path.name in ("config.json", INDEX) else path.name
+    """Copies the tuned model's small files into the diff, marks the diff's config, writes its card."""
+    extra = [tuned_folder / name for name in (INDEX, "README.md", "LICENSE", "NOTICE")]
+    for path in [*small_files(tuned_folder), *filter(Path.is_file, extra)]:
+        stored_as = f"tuned_{path.name}" if path.name in RENAMED else path.name
         shutil.copyfile(path, work / stored_as)
         manifest["travels"][path.name] = stored_as
     mark = {

@@ -95,7 +95,10 @@ def _subtract(base: Tensor, tuned: Tensor, entry: dict, writer: ShardWriter, spo
             piece, (stored, values) = read_tuned(start, count), operand(start, count)
             with np.errstate(over="ignore", invalid="ignore"):
                 diff = (to_float32(piece, tuned.dtype) if floats else piece) - values
-            wrong = np.flatnonzero(bits_of(add(values, diff, tuned.dtype)) != bits_of(piece))
+            missed = bits_of(add(values, diff, tuned.dtype)) != bits_of(piece)
+            if floats:  # what a NaN's payload becomes in a sum differs between processors
+                missed |= ~np.isfinite(diff)
+            wrong = np.flatnonzero(missed)
             if len(wrong):
                 records = np.empty(len(wrong), correction_record(entry))
                 records["index"], records["value"] = wrong + start, piece[wrong]

@@ -31,7 +31,7 @@ STORAGE = {
 }  # fmt: skip
 FLOATS = ("F32", "F16", "BF16")  # every value of these is a float32 too
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
-PIECE = 1 << 20  # elements handled at once: 4 MB of float32, some 30 MB with all that is made of them
+PIECE = 1 << 19  # elements handled at once: 2 MB of float32, some 15 MB with all that is made of them
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
@@ -315,11 +315,16 @@ class ShardWriter:
 # Arithmetic that comes out the same on every machine.
 
 
+_HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
 def to_float32(piece: np.ndarray, dtype: str) -> np.ndarray:
     """The stored elements of an F32, F16 or BF16 tensor as float32; exact."""
     if dtype == "BF16":
         return (piece.astype(np.uint32) << 16).view(np.float32)
-    return piece.astype(np.float32, copy=False)
+    if dtype == "F16":  # a table of all 65,536 values: twice as fast as numpy's cast
+        return np.take(_HALVES, piece.view(np.uint16), mode="clip")
+    return piece
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -32,6 +32,7 @@ from diff_folders import (
     find_model,
     model_label,
     need_space,
+    output_folder,
     progress_bar,
     publish,
     refuse_inside,
@@ -88,7 +89,7 @@ def make_diff(path_raw, path_tuned, path_diff, device="cpu"):
     """
     if str(device) != "cpu":
         print(f"--device {device} is not used: make_diff reads, subtracts and hashes on the CPU.", file=sys.stderr)
-    raw_folder, tuned_folder, target = find_model(path_raw), find_model(path_tuned), Path(path_diff)
+    raw_folder, tuned_folder, target = find_model(path_raw), find_model(path_tuned), output_folder(path_diff)
     refuse_inside(target, raw_folder, tuned_folder)
     refuse_taken(target)
     for path in (raw_folder, tuned_folder):
@@ -154,9 +155,10 @@ def recover(path_raw, path_diff, path_tuned=None, device="cpu", test_inference=F
             the published one. A manifest's sha256 of every tensor is always checked.
     """
     raw_folder, diff_folder = find_model(path_raw), find_model(path_diff)
-    if path_tuned is not None:
-        refuse_inside(Path(path_tuned), raw_folder, diff_folder)
-        refuse_taken(Path(path_tuned))
+    target = None if path_tuned is None else output_folder(path_tuned)
+    if target is not None:
+        refuse_inside(target, raw_folder, diff_folder)
+        refuse_taken(target)
     if is_weight_diff(raw_folder):
         raise UserError(f"--path_raw {path_raw} is a weight diff, not a base model. Are the two paths swapped?")
     manifest = load_manifest(diff_folder)
@@ -166,22 +168,23 @@ def recover(path_raw, path_diff, path_tuned=None, device="cpu", test_inference=F
     else:
         for problem in check_small_files(diff_folder, manifest):
             raise UserError(problem)
-        job = Job(raw, diff, manifest["tensors"], manifest["tuned"], correction_tensors(diff_folder, manifest))
+        corrections, identity = correction_tensors(diff_folder, manifest), sha256_file(diff_folder / MANIFEST)
+        job = Job(raw, diff, manifest["tensors"], manifest["tuned"], corrections, identity)
         with progress_bar("checking the base", raw_bytes(job.entries, raw)) as progress:
             for problem in base_problems(raw, manifest, progress):
                 raise UserError(problem)
-    need_space(path_tuned, sum(map(header_file_size, job.headers.values())))
 
     def finish(results: Mapping[str, Mapping]) -> None:
         if manifest is None and check_integrity_naively:
             naive_check({name: result["sum"] for name, result in results.items()}, diff_folder)
 
-    if path_tuned is None:
+    if target is None:
         with progress_bar("recover", diff.nbytes) as progress:
-            finish({name: job.recover(name, None, progress) for name in job.entries})
+            found = in_parallel(lambda name: job.recover(name, None, progress), job.entries)
+            finish(dict(zip(job.entries, found, strict=True)))
         print(f"{len(job.entries)} tensors come out right. Nothing is written without --path_tuned.")
         return
-    target = Path(path_tuned)
+    need_space(target, sum(map(header_file_size, job.headers.values())))
     settings = {"path_raw": path_raw, "path_diff": path_diff, "path_tuned": path_tuned, "device": device}
     with work_folder(target, "recovering") as work:
         clear(work, keep={*job.headers, PROGRESS})
@@ -278,7 +281,7 @@ def plan_plain(raw: Weights, diff: Weights) -> "Job":
                 f"{name} is {list(base.shape)} in the base {raw.folder} and {list(tensor.shape)} in the diff: "
                 "this is not the base that the diff was made from."
             )
-        elif base.dtype not in FLOATS and base.dtype != tensor.dtype:
+        elif base.dtype != tensor.dtype and not {base.dtype, tensor.dtype} <= set(FLOATS):
             raise UserError(
                 f"{name} is {base.dtype} in the base and {tensor.dtype} in the diff: these cannot be added."
             )
@@ -289,7 +292,9 @@ def plan_plain(raw: Weights, diff: Weights) -> "Job":
     if all(entry["how"] == "stored" for entry in entries.values()):
         raise UserError(f"no tensor of the diff {diff.folder} is in the base {raw.folder}: this is not its base.")
     kept = dataclasses.replace(diff, tensors={name: diff.tensors[name] for name in entries})
-    return Job(raw, kept, entries, new_headers(kept), {})
+    files = {tensor.file.resolve() for weights in (raw, diff) for tensor in weights.tensors.values()}
+    identity = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+    return Job(raw, kept, entries, new_headers(kept), {}, identity)
 
 
 def diff_dtype(entry: Mapping) -> str:
@@ -327,13 +332,17 @@ def raw_bytes(entries: Mapping[str, Mapping], raw: Weights) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A recovery: what each tensor is made of (`entries`) and the header of each file that will hold them."""
+    """A recovery: what each tensor is made of (`entries`), the header of each file that will hold them.
+
+    `identity` tells it from another job with the same target: only its own unfinished work is gone on with.
+    """
 
     raw: Weights
     diff: Weights
     entries: Mapping[str, Mapping]
     headers: Mapping[str, str]
     corrections: Mapping[str, Tensor]
+    identity: str | dict
 
     def recover(self, name: str, writer: ShardWriter | None, progress: Callable[[int], None]) -> dict:
         if name not in self.diff.tensors:
@@ -341,18 +350,12 @@ class Job:
         correction = self.corrections.get(name)
         return recover_tensor(self.raw, self.diff.tensors[name], correction, self.entries[name], writer, progress)
 
-    def inputs(self) -> dict[str, list]:
-        """What tells this job from another with the same target: each file's size and time of change."""
-        files = {tensor.file for weights in (self.raw, self.diff) for tensor in weights.tensors.values()}
-        return {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
-
 
 def recover_shards(job: Job, work: Path, progress: Callable[[int], None]) -> dict[str, dict]:
     """Recovers all shards into `work`; those that an interrupted run left there whole are kept. Results by tensor."""
     state = jload(work / PROGRESS) if (work / PROGRESS).is_file() else {}
-    inputs = job.inputs()
-    if state.get("inputs") != inputs:
-        state = {"inputs": inputs, "shards": {}}
+    if state.get("of") != job.identity:
+        state = {"of": job.identity, "shards": {}}
     results: dict[str, dict] = {}
     for file, header in job.headers.items():
         done = state["shards"].get(file)

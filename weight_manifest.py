@@ -122,6 +122,10 @@ def load_manifest(folder: Path) -> dict | None:
             f"{path} is in format {manifest.get('format')!r} version {manifest.get('format_version')}; "
             f"this program reads {FORMAT!r} version {FORMAT_VERSION}. Use a newer one."
         )
+    names = [*manifest["files"], *manifest["diff"], *manifest["tuned"], *manifest["travels"]]
+    for name in [*names, *manifest["travels"].values()]:
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise UserError(f"{path} names a file outside its folder: {name!r}. Do not use this diff.")
     return manifest
 
 
