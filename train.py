@@ -23,7 +23,7 @@ from base_model import smart_tokenizer_and_embedding_resize as smart_tokenizer_a
 from train_flags import DataArguments as DataArguments
 from train_flags import ModelArguments as ModelArguments
 from utils import PROMPT_DICT as PROMPT_DICT
-from utils import cli_errors, jdump, run_record
+from utils import UserError, jdump, run_record
 
 # Names that other code imports from here: those written "as" above, and the ones below.
 IGNORE_INDEX = -100
@@ -93,7 +93,7 @@ def train(argv: list[str] | None = None) -> None:
         trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set)
         trainer.train(resume_from_checkpoint=resume)
         if stop.stopped:
-            raise KeyboardInterrupt
+            raise Stopped
         save(trainer, tokenizer, config, model_args, args)
         if args.process_index == 0:
             card = train_report.model_card(model_args.model_name_or_path, inputs, settings, trainer.report.final)
@@ -108,6 +108,10 @@ def load_data(data_args, args, tokenizer):
     held_out = None
     if data_args.eval_data_path:
         held_out = train_data.load_rows(data_args.eval_data_path)
+        known = {(row["instruction"], row["input"]) for row in held_out}
+        seen, rows = len(rows), [row for row in rows if (row["instruction"], row["input"]) not in known]
+        if len(rows) < seen:
+            say(f"{seen - len(rows)} rows of --data_path are in --eval_data_path too and are not trained on")
     elif data_args.val_size:
         rows, held_out = train_data.split_validation(rows, data_args.val_size, args.seed)
     how = dict(
@@ -121,14 +125,11 @@ def load_data(data_args, args, tokenizer):
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set):
     """(trainer, the callback that knows whether a signal ended training)."""
     from supervised_trainer import HeldOutLoss, SealCheckpoints, StopOnSignal, SupervisedTrainer
-    from train_data import PaddedCollator, PaddingFreeCollator, takes_logits_to_keep
+    from train_data import PaddedCollator
     from train_report import ReportCallback
 
-    if data_args.padding_free:
-        flash = model.config._attn_implementation.startswith("flash_attention")
-        collator = PaddingFreeCollator(response_only=takes_logits_to_keep(model), flash_attention=flash)
-    else:
-        collator = PaddedCollator(tokenizer.pad_token_id)
+    padded = PaddedCollator(tokenizer.pad_token_id)
+    collator = padding_free_collator(model, model_args, args) if data_args.padding_free else padded
     # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
     keep, args.save_total_limit = args.save_total_limit, None
     trainer = SupervisedTrainer(
@@ -140,6 +141,21 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     for callback in (HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
         trainer.add_callback(callback)
     return trainer, stop
+
+
+def padding_free_collator(model, model_args, args):
+    """Batches without padding for `model`, whose attention becomes one that does no work between their rows."""
+    import row_attention
+    from train_data import PaddingFreeCollator, takes_logits_to_keep
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    flash = base.config._attn_implementation.startswith("flash_attention")
+    # torch.compile would make its code anew for each batch's row lengths.
+    free = not (flash or model_args.attn_implementation or args.torch_compile)
+    by_row = free and row_attention.fits(base, args.model_max_length)
+    if by_row:
+        base.set_attn_implementation(row_attention.register())
+    return PaddingFreeCollator(takes_logits_to_keep(base), flash_attention=flash, row_attention=by_row)
 
 
 def check_disk_space(config, model_args, args, rows: int) -> str:
@@ -218,6 +234,30 @@ def save(trainer, tokenizer, config, model_args, args) -> None:
     trainer.save_state()
 
 
-if __name__ == "__main__":
-    with cli_errors():
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came, and a checkpoint was saved."""
+
+
+def main() -> int:
+    """train() as a command: status 0; 2 for what the user can put right; 130 after Ctrl-C; 143 after SIGTERM."""
+    try:
         train()
+    except UserError as error:
+        # Every process finds what is wrong with a command line or a file; it is said once.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        say("stopped by SIGTERM after saving; --resume_from_checkpoint auto goes on from there")
+        return 143
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    if torch := sys.modules.get("torch"):
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

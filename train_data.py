@@ -87,7 +87,7 @@ class PairEncoder:
     """
 
     def __init__(self, tokenizer):
-        """Raises UserError for a tokenizer without a `tokenizers` backend, without EOS, or that appends tokens."""
+        """Raises UserError for a tokenizer that is not a fast one, that has no EOS, or that appends tokens."""
         from tokenizers import Tokenizer
 
         if not getattr(tokenizer, "is_fast", False):
@@ -110,8 +110,10 @@ class PairEncoder:
                 f"the tokenizer {tokenizer.name_or_path} adds tokens after every text ({with_special}). "
                 "Set add_eos_token to false in its tokenizer_config.json; answers get their EOS here."
             )
-        # Some tokenizers do not know their EOS token's text as a token; its id is then appended instead.
-        self.eos_is_text = self.backend.encode("a" + self.eos).ids == [*with_special, self.eos_id]
+        if self.backend.encode("a" + self.eos).ids != [*with_special, self.eos_id]:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} does not read its own eos_token {self.eos!r} as one."
+            )
         self._continuation = None
 
     def fingerprint(self) -> str:
@@ -120,19 +122,14 @@ class PairEncoder:
 
     def __call__(self, sources: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[list[int], int, bool]]:
         """For each pair: its ids (not truncated), how many of them are the source's, whether a token was split."""
-        texts = [source + self._body(target) for source, target in zip(sources, targets, strict=True)]
+        texts = [source + target for source, target in zip(sources, targets, strict=True)]
         prompts = [encoding.ids for encoding in self.backend.encode_batch_fast(sources)]
         fulls = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
         for number, (prompt, full) in enumerate(zip(prompts, fulls, strict=True)):
             straddles = full[: len(prompt)] != prompt
             if straddles:
-                full = prompt + self._encode_continuation(self._body(targets[number]))
-            if not self.eos_is_text and targets[number].endswith(self.eos):
-                full = [*full, self.eos_id]
+                full = prompt + self._encode_continuation(targets[number])
             yield full, len(prompt), straddles
-
-    def _body(self, target: str) -> str:
-        return target if self.eos_is_text else target.removesuffix(self.eos)
 
     def _encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on from another: no BOS, and no blank put before its first word."""
@@ -387,11 +384,12 @@ class PaddingFreeCollator:
     `response_only`: names the positions that have a label in `logits_to_keep` [kept] and their next tokens in
     `shift_labels` [1, kept], so that the model projects only these onto the vocabulary: the same loss, for about half
     of the largest matrix product. Only for models that `takes_logits_to_keep`. `flash_attention`: adds the rows'
-    boundaries, for which that kernel would else have to ask the GPU.
+    boundaries, for which that kernel would else have to ask the GPU. `row_attention`: adds `row_lengths`, a tuple of
+    ints, for the attention of that name.
     """
 
-    def __init__(self, response_only: bool = False, flash_attention: bool = False):
-        self.response_only, self.flash_attention = response_only, flash_attention
+    def __init__(self, response_only: bool = False, flash_attention: bool = False, row_attention: bool = False):
+        self.response_only, self.flash_attention, self.row_attention = response_only, flash_attention, row_attention
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import numpy as np
@@ -411,6 +409,8 @@ class PaddingFreeCollator:
             arrays["logits_to_keep"] = np.flatnonzero(next_labels != IGNORE_INDEX)
             arrays["shift_labels"] = next_labels[arrays["logits_to_keep"]][None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.row_attention:
+            batch["row_lengths"] = tuple(lengths)
         if self.flash_attention:
             boundaries = torch.tensor([0, *ends], dtype=torch.int32)
             batch.update(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
