@@ -120,12 +120,12 @@ def clear(work: Path, keep: set[str]) -> None:
 
 def publish(work: Path, target: Path) -> None:
     """Syncs the finished folder and gives it its name; until then nothing stands there."""
-    (work / PROGRESS).unlink(missing_ok=True)
     for path in work.iterdir():
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-    fsync_dir(work)
     refuse_taken(target)
+    (work / PROGRESS).unlink(missing_ok=True)
+    fsync_dir(work)
     os.replace(work, target)
     fsync_dir(target.parent)
 

@@ -157,8 +157,8 @@ def open_weights(folder: str | os.PathLike) -> Weights:
     if index is not None:
         lacking = sorted(set(index) - set(tensors) - set(aliases))
         if lacking:
-            where = index[lacking[0]]
-            raise UserError(f"{folder}: the index promises {lacking[0]} in {where}, which does not hold it.")
+            name = INDEX if shards else BIN_INDEX
+            raise UserError(f"{folder / name} promises {lacking[0]} in {index[lacking[0]]}, which does not hold it.")
     return Weights(folder, tensors, shards, aliases)
 
 
@@ -172,7 +172,8 @@ def _indexed_files(folder: Path, index_name: str) -> tuple[list[str], dict[str, 
             raise UserError(f"{folder / index_name} points outside its folder: {file!r}.")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing)}. Fetch them.")
+        held = f"{len(missing)} of {len(files)} shards"
+        raise UserError(f"{folder / index_name} names {held} that are not there: {', '.join(missing)}. Fetch them.")
     return files, index["weight_map"]
 
 

@@ -162,12 +162,12 @@ def recover(path_raw, path_diff, path_tuned=None, device="cpu", test_inference=F
     if is_weight_diff(raw_folder):
         raise UserError(f"--path_raw {path_raw} is a weight diff, not a base model. Are the two paths swapped?")
     manifest = load_manifest(diff_folder)
+    for problem in check_small_files(diff_folder, manifest) if manifest else ():
+        raise UserError(problem)
     raw, diff = open_weights(raw_folder), open_weights(diff_folder)
     if manifest is None:
         job = plan_plain(raw, untie_twins(diff))
     else:
-        for problem in check_small_files(diff_folder, manifest):
-            raise UserError(problem)
         corrections, identity = correction_tensors(diff_folder, manifest), sha256_file(diff_folder / MANIFEST)
         job = Job(raw, diff, manifest["tensors"], manifest["tuned"], corrections, identity)
         with progress_bar("checking the base", raw_bytes(job.entries, raw)) as progress:

@@ -71,7 +71,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_resized_llama_in_shards(tmp_path, dtype, capsys):
-    """fp32 (t - r) + r is not always exact, and 32001 rows against 32000 are a size mismatch in the original's users."""
+    """fp32 (t - r) + r is not always exact, and 32001 rows against 32000 were a size mismatch for many."""
     base = tiny_models.make_tiny_llama(tmp_path / "base", dtype=dtype)
     tuned = tune(base, tmp_path / "tuned", extra_rows=1, max_shard_size="300KB")
     assert len(list(tuned.glob("*.safetensors"))) > 1
