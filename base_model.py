@@ -184,6 +184,7 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
         # memory behind them as nothing is ever written there.
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(empty_config(), dtype=dtype)
+        model.tie_weights()
     return with_adapters(model, model_args, args, say) if adapters else model
 
 
@@ -207,6 +208,7 @@ def zero3_model(full_model, empty_config, args: Any) -> Any:
         deepspeed.zero.Init(config_dict_or_path=args.hf_deepspeed_config.config),
     ):  # fmt: skip
         model = AutoModelForCausalLM.from_config(empty_config())
+    model.tie_weights()  # part of the initialisation that was skipped; untied, a tied head would train by itself
     saved = set(model.state_dict())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

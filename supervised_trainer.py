@@ -5,6 +5,7 @@ Not a command; train.py uses it. Loop, sharding, precision, resuming are Trainer
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,11 +40,14 @@ class SupervisedTrainer(Trainer):
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             rows = rows_of_batch(inputs, self.train_dataset)
-            raise UserError(
+            error = UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch held rows "
                 f"{', '.join(map(str, rows))} of the training rows (the first is 0). Often the learning rate is too "
                 "high, or the base's weights are broken; --save_steps decides what can be resumed."
             )
+            if self.args.process_index:  # the first process speaks for all, but only this one has seen these rows
+                print(f"error: {error}", file=sys.stderr)
+            raise error
         return result
 
     def held_out_loss(self, dataset, max_batches: int | None = None) -> dict[str, float]:

@@ -455,6 +455,11 @@ def adapt_to_hardware(run: dict[str, Any], has_gpu: bool, processes: int, notes:
         # One full copy while loading, and each rank writes its own shard of a checkpoint: nobody gathers 84 GB.
         config.setdefault("cpu_ram_efficient_loading", True)
         config.setdefault("state_dict_type", "SHARDED_STATE_DICT")
+        if not has_gpu and config.pop("cpu_offload", config.pop("fsdp_cpu_offload", False)):
+            notes.append("FSDP's offload is left out: without a GPU the weights are in the CPU's memory already")
+        if not has_gpu and int(config.get("version", 2)) == 1:
+            notes.append("FSDP1 needs GPUs: these CPU processes shard with FSDP2, to the same losses")
+            config["version"] = 2
         run["fsdp_config"] = config
         if has_gpu:
             # What accelerate's own launcher sets, so that tensors offloaded to the CPU get a gloo group beside NCCL.
