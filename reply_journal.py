@@ -66,11 +66,15 @@ class Journal:
             os.ftruncate(self._file, whole)
             os.fsync(self._file)
         self._lock = threading.Lock()
-        self._waiting: list[tuple[dict, asyncio.Future]] = []
-        self._writer: asyncio.Task | None = None
+        self._waiting: list[asyncio.Future] = []
+        self._syncer: asyncio.Task | None = None
 
     def append_now(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes records with one write and one sync."""
+        self._write(records)
+        os.fsync(self._file)
+
+    def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         records = [dict(record) for record in records]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # A lone surrogate in a reply is no reason to lose it.
@@ -78,30 +82,35 @@ class Journal:
         with self._lock:
             while data:
                 data = data[os.write(self._file, data) :]
-            os.fsync(self._file)
             self.records.extend(records)
 
     async def append(self, record: Mapping[str, Any]) -> None:
-        """As append_now, without holding up the event loop; replies that arrive together share one sync."""
-        done = asyncio.get_running_loop().create_future()
-        self._waiting.append((dict(record), done))
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write_waiting())
-        await done
+        """Writes at once, which outlives a kill of the process; returns when the disk has it, as after a power cut.
 
-    async def _write_waiting(self) -> None:
+        Replies that arrive during a sync, which may take seconds on a busy disk, share the next one.
+        """
+        done = asyncio.get_running_loop().create_future()
+        try:
+            self._write([record])
+            self._waiting.append(done)
+            if self._syncer is None or self._syncer.done():
+                self._syncer = asyncio.create_task(self._sync_waiting())
+            await done
+        except OSError as error:  # a full disk
+            raise UserError(f"{self.path} cannot be written: {error}") from error
+
+    async def _sync_waiting(self) -> None:
         while self._waiting:
             together, self._waiting = self._waiting, []
+            error = None
             try:
-                await asyncio.to_thread(self.append_now, [record for record, _ in together])
-            except OSError as error:  # a full disk: every one of these replies must hear of it
-                for _, done in together:
-                    if not done.cancelled():
-                        done.set_exception(UserError(f"{self.path} cannot be written: {error}"))
-            else:
-                for _, done in together:
-                    if not done.cancelled():
-                        done.set_result(None)
+                await asyncio.to_thread(os.fsync, self._file)
+            except OSError as caught:
+                error = caught
+            for done in together:
+                if done.cancelled():
+                    continue
+                done.set_exception(error) if error else done.set_result(None)
 
     def close(self) -> None:
         os.close(self._file)

@@ -41,7 +41,7 @@ class FakeOpenAI:
     batch_polls: how often a batch is "in_progress" when asked for. context_room: reply tokens up to which the fault
     "context" lets a request pass.
     log: a dict for each request to a completions endpoint: number, path, body, fault, status, text, done (the whole
-    reply was handed to the network), request_id, latency, begin and end (time.monotonic()).
+    reply was handed to a client that was there), request_id, latency, begin and end (time.monotonic()).
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class FakeOpenAI:
                 head = await reader.readuntil(b"\r\n\r\n") if line.strip() else b""
                 headers = BytesParser(policy=HTTP).parsebytes(head)
                 content = await reader.readexactly(int(headers.get("Content-Length", 0)))
+                writer.client_gone = reader.at_eof  # nothing is pipelined: an end of input means that nobody listens
                 if not await self._answer(method, target, headers, content, writer):
                     break
         writer.close()
@@ -229,7 +230,7 @@ class FakeOpenAI:
             entry["text"] = choice["text"] if path == "/completions" else choice["message"]["content"]
         names = {"x-request-id": entry["request_id"]}
         alive = await self._send(writer, 200, data, names, drip=fault == "drip")
-        entry |= {"done": True, "end": time.monotonic()}
+        entry |= {"done": not writer.client_gone(), "end": time.monotonic()}
         return alive
 
     def _completion(self, path: str, body: dict, fault: str | None = None) -> dict[str, Any]:

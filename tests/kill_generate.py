@@ -28,15 +28,20 @@ ON_THE_WAY = 0.25
 def run_until_killed(command: list[str], server: FakeOpenAI, rng: random.Random) -> float:
     """Starts the command, kills it at a random moment, and returns when that was."""
     seen = len(server.log)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    errors = tempfile.TemporaryFile("w+")  # not a pipe, which nobody would empty
+    process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
     if rng.random() < 0.15:
         time.sleep(rng.uniform(0, 1.5))  # while it starts, reads the journal, or writes its first lines
     else:
         while len(server.log) == seen and process.poll() is None:
             time.sleep(0.005)
         time.sleep(rng.expovariate(1 / 0.35))
+    if process.poll() is not None:
+        errors.seek(0)
+        raise AssertionError(f"the run ended by itself, with status {process.returncode}: {errors.read()[-3000:]}")
     process.kill()
     process.wait()
+    errors.close()
     return time.monotonic()
 
 
@@ -67,7 +72,9 @@ def kill_and_check(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
     replies = [record for record in records if record["kind"] == "reply"]
     indices = [record["index"] for record in replies]
     assert sorted(indices) == list(range(len(indices))), "an index is missing or there twice"
-    assert all("text" in record for record in replies), "a request was given up"
+    given_up = [record for record in replies if "error" in record]  # three broken replies in a row, for instance
+    replies = [record for record in replies if "text" in record]
+    assert len(given_up) <= max(1, len(replies) // 200), "too many requests were given up"
 
     # Every reply in the journal is one that the server sent, once, to the prompt that belongs to its index.
     sent = {entry["request_id"]: entry for entry in server.finished()}
@@ -102,6 +109,7 @@ def kill_and_check(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
         "requests during the kills": asked,
         "replies the server finished": len(sent),
         "replies in the journal": len(replies),
+        "requests given up": len(given_up),
         "replies on the way at a kill, asked again": len(on_the_way),
         "longest such time (ms)": round(1000 * max(on_the_way, default=0.0), 1),
         "rows kept": len(rows),
