@@ -57,17 +57,16 @@ def memory_estimate(
     elif world > 1:
         live["DDP's buckets"] = trained * stored
     rows, length = args.per_device_train_batch_size, args.model_max_length
-    shape = (1, rows * length) if padding_free else (rows, length)
-    kept = activation_bytes(config, args, model_args, shape)
-    constant = activation_bytes(config, args, model_args, (1, 8))
+    kept = activation_bytes(config, args, model_args, rows, length, padding_free)
+    constant = activation_bytes(config, args, model_args, 1, 8, padding_free)
     if half and not shards > 1:
         live["16-bit copies of the weights"] = constant["layers"] + constant["outside"]
     inside = kept["layers"] - constant["layers"]
     layers = kept["count"]
-    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+    if args.activation_checkpointing:
         # Each layer keeps its input; one layer at a time is computed again.
-        inside = layers * shape[0] * shape[1] * weights["hidden"] * compute + inside / layers
-    vocabulary = shape[0] * shape[1] * weights["vocabulary"] * logits_share
+        inside = layers * rows * length * weights["hidden"] * compute + inside / layers
+    vocabulary = rows * length * weights["vocabulary"] * logits_share
     live["activations of the layers"] = inside
     # In the compute type, in float32, its log-softmax, and the gradient of that.
     live["logits and loss"] = vocabulary * (compute + 3 * 4 if half else 3 * 4)
@@ -131,6 +130,7 @@ def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     from base_model import attention_projections, empty_model
 
     model = empty_model(config)
+    model.tie_weights()  # on "meta" tied weights come apart
     layers = _layers(model)
     everything = model.num_parameters()
     inside = sum(weight.numel() for layer in layers for weight in layer.parameters())
@@ -159,8 +159,10 @@ def _layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def activation_bytes(config: Any, args: Any, model_args: Any, shape: tuple[int, int]) -> dict[str, int]:
-    """Bytes that autograd keeps of one forward pass on token ids of `shape`, weights apart: in the layers and outside.
+def activation_bytes(
+    config: Any, args: Any, model_args: Any, rows: int, length: int, padding_free: bool
+) -> dict[str, int]:
+    """Bytes that autograd keeps of a forward pass on `rows` of `length` tokens, weights apart: in the layers, outside.
 
     The pass runs on fake tensors: shapes and types go through the real model's code, no memory is taken.
     """
@@ -171,10 +173,11 @@ def activation_bytes(config: Any, args: Any, model_args: Any, shape: tuple[int, 
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    import row_attention
     from base_model import unsharded
 
     config = copy.deepcopy(config)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = row_attention.register() if padding_free else "sdpa"
     half = torch.bfloat16 if args.bf16 or args.fp16 else None
     cast = torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext()
     counted = {"layers": 0, "outside": 0, "count": 0}
@@ -185,9 +188,13 @@ def activation_bytes(config: Any, args: Any, model_args: Any, shape: tuple[int, 
             model.requires_grad_(False)
             model.enable_input_require_grads()
         counted["count"] = len(_layers(model))
+        if padding_free and row_attention.fits(model, length):
+            shape, how = (1, rows * length), {"row_lengths": (length,) * rows}
+        else:
+            shape, how = (rows, length), {}
         ids = torch.zeros(shape, dtype=torch.long)
         with cast, _count_kept(model, counted):
-            model.get_decoder()(input_ids=ids, use_cache=False)
+            model.get_decoder()(input_ids=ids, use_cache=False, **how)
     return counted
 
 

@@ -39,10 +39,12 @@ def row_attention(module, query, key, value, attention_mask, row_lengths: Sequen
 def fits(model: Any, max_length: int) -> bool:
     """Whether causal attention within rows of up to `max_length` tokens is all that each layer of `model` does.
 
-    Not so for a sliding window or chunks that are shorter than the rows, for position biases (ALiBi), and for models
-    that do not hand their call's arguments down to the attention.
+    Not so for a sliding window or chunks that are shorter than the rows, for position biases (ALiBi), for layers that
+    hand a state from token to token, and for models that do not hand their call's arguments down to the attention.
     """
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    plain = not getattr(config, "alibi", False) and all(not window or window >= max_length for window in windows)
-    return plain and model._supports_attention_backend
+    kinds = set(getattr(config, "layer_types", None) or ())
+    plain = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+    plain = plain and not getattr(config, "alibi", False)
+    return plain and model._supports_attention_backend and all(not size or size >= max_length for size in windows)

@@ -124,12 +124,12 @@ def load_data(data_args, args, tokenizer):
 
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set):
     """(trainer, the callback that knows whether a signal ended training)."""
-    from supervised_trainer import HeldOutLoss, SealCheckpoints, StopOnSignal, SupervisedTrainer
+    from supervised_trainer import HeldOutLoss, SayShards, SealCheckpoints, StopOnSignal, SupervisedTrainer
     from train_data import PaddedCollator
     from train_report import ReportCallback
 
-    padded = PaddedCollator(tokenizer.pad_token_id)
-    collator = padding_free_collator(model, model_args, args) if data_args.padding_free else padded
+    collator = padding_free_collator(model, args) if data_args.padding_free else None
+    collator = collator or PaddedCollator(tokenizer.pad_token_id)
     # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
     keep, args.save_total_limit = args.save_total_limit, None
     trainer = SupervisedTrainer(
@@ -138,24 +138,33 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     )  # fmt: skip
     trainer.report = ReportCallback(trainer, train_set.report, adapters=bool(model_args.lora_r or model_args.qlora))
     stop = StopOnSignal(trainer)
-    for callback in (HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
+    for callback in (SayShards(), HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
         trainer.add_callback(callback)
     return trainer, stop
 
 
-def padding_free_collator(model, model_args, args):
-    """Batches without padding for `model`, whose attention becomes one that does no work between their rows."""
+def padding_free_collator(model, args):
+    """Batches without padding for `model`, whose attention becomes one that does no work between their rows.
+
+    None, and a note, where that attention cannot be had. The mask that transformers would build from restarting
+    positions is no way out: not every model hands them to it, and OPT's rows then see each other.
+    """
     import row_attention
     from train_data import PaddingFreeCollator, takes_logits_to_keep
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     flash = base.config._attn_implementation.startswith("flash_attention")
+    if flash:
+        return PaddingFreeCollator(takes_logits_to_keep(base), flash_attention=True)
     # torch.compile would make its code anew for each batch's row lengths.
-    free = not (flash or model_args.attn_implementation or args.torch_compile)
-    by_row = free and row_attention.fits(base, args.model_max_length)
-    if by_row:
+    if args.torch_compile or base.config._attn_implementation != "sdpa":
+        say("note: batches are padded: without flash attention, padding-free ones need sdpa and no --torch_compile")
+    elif not row_attention.fits(base, args.model_max_length):
+        say(f"note: batches are padded: not every layer of {type(base).__name__} is plain causal attention over a row")
+    else:
         base.set_attn_implementation(row_attention.register())
-    return PaddingFreeCollator(takes_logits_to_keep(base), flash_attention=flash, row_attention=by_row)
+        return PaddingFreeCollator(takes_logits_to_keep(base), row_attention=True)
+    return None
 
 
 def check_disk_space(config, model_args, args, rows: int) -> str:

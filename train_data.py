@@ -257,10 +257,6 @@ def tokenize_dataset(
                 f"the tokenised data cannot be kept in {cache} ({error}). Name a folder that can be written: "
                 "--data_cache_dir DIR"
             ) from error
-    if not len(dataset):
-        raise UserError(
-            f"none of the {len(rows)} rows has an answer token within {max_length} tokens. Raise --model_max_length."
-        )
     return dataset
 
 
@@ -317,6 +313,10 @@ def _write_tokens(rows, encoder: PairEncoder, max_length: int, truncation: str, 
                     index.append((counts["tokens"], prompt_length, number))
                 np.asarray(kept, dtype=np.int32).tofile(stream)
                 bar.update(len(chunk))
+        if not index:
+            raise UserError(
+                f"none of the {len(rows)} rows has an answer token within {max_length} tokens; raise --model_max_length"
+            )
         np.save(beside / "index.npy", np.asarray(index, dtype=np.int64).reshape(-1, 3))
         hashes = {name: utils.sha256_file(beside / name) for name in ("tokens.int32", "index.npy")}
         settings = {"max_length": max_length, "truncation": truncation}
@@ -378,14 +378,13 @@ class PaddedCollator:
 class PaddingFreeCollator:
     """Rows laid end to end in one row without padding: input_ids, labels, position_ids int64 [1, tokens].
 
-    Positions restart at 0 with every row, which keeps attention within a row (sdpa, eager and flash attention build
-    their block mask from them), and each row's first label is masked, since nothing of its own precedes it.
+    Positions restart at 0 with every row, and each row's first label is masked, since nothing of its own precedes it.
+    The model's attention has to keep the rows apart: `row_attention` adds `row_lengths`, a tuple of ints, for the
+    module of that name; `flash_attention` adds the boundaries that its kernel takes.
 
     `response_only`: names the positions that have a label in `logits_to_keep` [kept] and their next tokens in
     `shift_labels` [1, kept], so that the model projects only these onto the vocabulary: the same loss, for about half
-    of the largest matrix product. Only for models that `takes_logits_to_keep`. `flash_attention`: adds the rows'
-    boundaries, for which that kernel would else have to ask the GPU. `row_attention`: adds `row_lengths`, a tuple of
-    ints, for the attention of that name.
+    of the largest matrix product. Only for models that `takes_logits_to_keep`.
     """
 
     def __init__(self, response_only: bool = False, flash_attention: bool = False, row_attention: bool = False):
