@@ -87,7 +87,7 @@ def kill_and_check(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
             prompt = (entry["body"].get("messages") or [{"content": entry["body"].get("prompt")}])[-1]["content"]
             assert record["text"] == made_up_reply(prompt, 4)
 
-    # And every reply that the server finished is there, but for those on the way when the process died. A reply that was
+    # And every reply that the server finished is there, but for those on the way when the process died. One that was
     # asked for before a kill and finished after it had nobody to reach.
     on_the_way = []
     for request_id in set(sent) - set(ids):
