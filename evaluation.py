@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, format_prompt, jdump, load_tasks, refuse_existing, run_cli, run_record
+from utils import UserError, format_prompt, jdump, jload, load_tasks, refuse_existing, run_cli, run_record
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers.
@@ -344,7 +344,7 @@ def report(
     folder = Path(annotations) if Path(annotations).is_dir() else Path(annotations).parent
     summary = None
     if (folder / "judge.json").is_file():
-        summary = {key: value for key, value in json.loads((folder / "judge.json").read_text()).items()}
+        summary = jload(folder / "judge.json")
         summary.pop("failed_pairs")
         figures["judge"] = summary
     print(win_rate.table(figures))
@@ -358,7 +358,8 @@ def report(
         from utils import atomic_write
 
         settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
-        with run_record(output_dir, settings, [annotations, *([tasks] if tasks else [])]):
+        inputs = [annotations, folder / "annotations.json", folder / "judge.json", *([tasks] if tasks else [])]
+        with run_record(output_dir, settings, inputs):
             jdump(figures, Path(output_dir) / "report.json")
             with atomic_write(Path(output_dir) / "report.html") as page:
                 page.write(report_page(figures, rows, summary))

@@ -41,6 +41,7 @@ def answer_file(
 
     The figures: `answers` and `tokens` generated now, `seconds`, `tokens_per_second`.
     """
+    import torch
     from tqdm import tqdm
 
     prompts = [prompt_ids(tokenizer, task) for task in tasks]
@@ -64,7 +65,13 @@ def answer_file(
     begin, tokens = time.monotonic(), 0
     with tqdm(total=len(tasks), initial=len(journal.answers), unit="task", disable=None) as bar:
         for rows in batches:
-            answers = answer_batch(model, tokenizer, [tasks[row] for row in rows], sampling, rows)
+            try:
+                answers = answer_batch(model, tokenizer, [tasks[row] for row in rows], sampling, rows)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU's memory is too small for {len(rows)} tasks at once. The same command with a lower "
+                    "--batch_size goes on; the answers so far are kept."
+                ) from error
             journal.add({row: dataclasses.asdict(answer) for row, answer in zip(rows, answers, strict=True)})
             tokens += sum(answer.tokens for answer in answers)
             bar.update(len(rows))
