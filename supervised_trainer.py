@@ -136,6 +136,25 @@ class HeldOutLoss(TrainerCallback):
             self.trainer.evaluate()
 
 
+class SayShards(TrainerCallback):
+    """Says how much of the model each process holds, so that sharding that did not happen is seen at once."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if (args.fsdp or args.deepspeed) and args.process_index == 0:
+            held, total = local_and_total(model)
+            print(f"each of {args.world_size} processes holds {held:,} of {total:,} weights", flush=True)
+
+
+def local_and_total(model) -> tuple[int, int]:
+    """Weights of `model` in this process's memory, and in all: FSDP2's DTensors, ZeRO-3's partitions, or whole ones."""
+    held = total = 0
+    for weight in model.parameters():
+        total += getattr(weight, "ds_numel", weight.numel())
+        local = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
+        held += local.numel()
+    return held, total
+
+
 class SealCheckpoints(TrainerCallback):
     """Checksums into each checkpoint once every rank has written; only then do older ones go."""
 

@@ -3,6 +3,7 @@
 `launch` sets the variables that torchrun sets; tests that are about torchrun itself run it for real.
 """
 
+import json
 import os
 import signal
 import socket
@@ -27,9 +28,12 @@ class Run:
 
 def start(argv, folder: Path, processes: int = 1, environment=None) -> list[int]:
     """Forks `processes` runs of train.py with the words `argv`; their output goes to `folder`/RANK.txt."""
-    import train
-    import supervised_trainer, train_data, train_report, training_arguments  # noqa: E401, F401, I001 - once, before the fork
+    import importlib
 
+    import train
+
+    for name in ("supervised_trainer", "train_data", "train_report", "training_arguments"):  # once, before the fork
+        importlib.import_module(name)
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,6 +84,12 @@ def wait(pids, folder: Path, timeout: float = 240) -> Run:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     return Run([statuses[pid] for pid in pids], [(folder / f"{r}.txt").read_text() for r in range(len(pids))])
+
+
+def losses(output_dir: Path) -> list[float]:
+    """The training loss of each step, from train_log.jsonl."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "train_log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def launch(argv, folder: Path, processes: int = 1, environment=None, timeout: float = 240) -> Run:
