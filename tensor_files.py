@@ -146,7 +146,7 @@ def open_weights(folder: str | os.PathLike) -> Weights:
     shards, aliases = {}, {}
     for file in files:
         if file.endswith(".bin"):
-            found, tied = _read_bin(folder / file)
+            found, tied = open_torch_file(folder / file)
             aliases.update(tied)
         else:
             shards[file], found = read_header(folder / file)
@@ -208,7 +208,7 @@ def read_header(path: Path) -> tuple[str, list[Tensor]]:
     return text, tensors
 
 
-def _read_bin(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+def open_torch_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
     """Tensors of a torch.save file, which is a zip whose members are not compressed: each has one place in the file.
 
     On the meta device torch unpickles (weights only, no code) the table of tensors and notes each storage's offset.

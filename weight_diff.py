@@ -431,7 +431,8 @@ def naive_check(sums: dict[str, float], diff_folder: Path) -> None:
     if min(abs(exact - published), abs(float(as_published) - published)) > SUM_TOLERANCE:
         raise UserError(
             f"the sum of all tensors is {exact:.4f}, the published one {published}: the base or the diff is not the "
-            "right one, or is damaged. Nothing was written to --path_tuned; --check_integrity_naively False would."
+            "right one, or is damaged. LLaMA's weights are float16; a base in bfloat16 was rounded by its converter "
+            "(convert_llama.py does not). Nothing was written to --path_tuned; --check_integrity_naively False would."
         )
 
 

@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+import convert_llama
 import diff_tensors
 import tensor_files
 import weight_diff
@@ -371,6 +372,58 @@ def test_bin_read_places(tmp_path):
         folder = save(tmp_path / text.replace(" ", "_"), bad, file="pytorch_model.bin")
         with pytest.raises(UserError, match=text):
             tensor_files.open_weights(folder)
+
+
+def meta_files(base: Path, folder: Path, count: int) -> Path:
+    """The tiny llama in `base` as Meta would hand it out: other names, q and k in its rotary order, `count` files."""
+    meta = {"self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+            "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
+            "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.down_proj": ("feed_forward.w2", 1),
+            "mlp.up_proj": ("feed_forward.w3", 0), "input_layernorm": ("attention_norm", None),
+            "post_attention_layernorm": ("ffn_norm", None), "embed_tokens": ("tok_embeddings", 1),
+            "norm": ("norm", None), "lm_head": ("output", 0)}  # fmt: skip
+    files: list[dict] = [{"rope.freqs": torch.zeros(8)} for _ in range(count)]
+    for name, tensor in load_file(base / "model.safetensors").items():
+        name = name.removeprefix("model.").removesuffix(".weight")
+        layer, short = (
+            (f"{name[: name.index('.', 7)]}.", name[name.index(".", 7) + 1 :]) if "layers." in name else ("", name)
+        )
+        new, along = meta[short]
+        if short in ("self_attn.q_proj", "self_attn.k_proj"):  # 4 heads of 16 rows: halves become neighbours
+            tensor = torch.stack([tensor[16 * h + i + 8 * j] for h in range(4) for i in range(8) for j in range(2)])
+        for number, file in enumerate(files):
+            part = tensor if along is None else tensor.chunk(count, dim=along)[number].clone()
+            file[f"{layer}{new}.weight"] = part
+    (folder / "7B").mkdir(parents=True)
+    for number, file in enumerate(files):
+        torch.save(file, folder / "7B" / f"consolidated.{number:02}.pth")
+    params = {"dim": 64, "multiple_of": 32, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}
+    (folder / "7B" / "params.json").write_text(json.dumps(params))
+    shutil.copy(base / "tokenizer.model", folder)
+    return folder / "7B"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_convert_llama(tmp_path, run_script, monkeypatch, count):
+    """transformers' last converters round Meta's float16 to bfloat16: then no diff of a float16 base fits."""
+    from transformers import AutoTokenizer
+
+    base = tiny_models.make_tiny_llama(tmp_path / "base", dtype="float16")
+    tuned = tune(base, tmp_path / "tuned", extra_rows=1)
+    weight_diff.make_diff(base, tuned, tmp_path / "diff")
+    source = meta_files(base, tmp_path / "meta", count)
+    run_script("convert_llama.py", "--input_dir", source, "--output_dir", tmp_path / "converted")
+    weight_diff.recover(tmp_path / "converted", tmp_path / "diff", tmp_path / "out")
+    texts = ["a dog, 12 cats\n### Response:", " - one"]
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "converted")]
+    assert tokenizers[0](texts).input_ids == tokenizers[1](texts).input_ids
+
+    monkeypatch.setattr(convert_llama, "SHARD_BYTES", 100_000)
+    convert_llama.convert(source, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    weight_diff.verify(path_diff=tmp_path / "diff", path_raw=tmp_path / "sharded")
+    with pytest.raises(UserError, match="expected consolidated.00.pth"):
+        convert_llama.convert(tmp_path / "meta", tmp_path / "none")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Turns Meta's LLaMA files (consolidated.*.pth, params.json, tokenizer.model) into the base that weight diffs need.
+
+    python convert_llama.py --input_dir LLaMA/7B --output_dir llama-7b-hf
+    python convert_llama.py --input_dir LLaMA/13B --tokenizer LLaMA/tokenizer.model --output_dir llama-13b-hf
+
+Current transformers has no converter any more, and one of the last (4.44.2) rounds to bfloat16, after which no diff of
+the float16 base fits. This one keeps Meta's bits and holds one tensor at a time. LLaMA 1 only: later models are
+published in the transformers format. One minute on a CPU: see test_convert_llama in tests/test_weight_diff.py.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from diff_folders import (
+    clear,
+    need_space,
+    output_folder,
+    progress_bar,
+    publish,
+    refuse_inside,
+    refuse_taken,
+    work_folder,
+    write_index,
+)
+from tensor_files import STORAGE, ShardWriter, Tensor, header_file_size, make_header, open_torch_file
+from utils import UserError, jdump, jload, run_cli, run_record
+
+# Meta's name in a layer -> the name here, and the dimension along which the files of one model hold parts of it.
+LAYER = {
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),  # None: each file holds the whole
+    "ffn_norm": ("post_attention_layernorm", None),
+}
+OUTSIDE = {
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+}
+SHARD_BYTES = 5 * 10**9
+
+
+def convert(input_dir, output_dir, tokenizer=None):
+    """Writes a Hugging Face checkpoint with Meta's own bits.
+
+    Args:
+        input_dir: the folder with consolidated.00.pth (and .01, ...) and params.json.
+        output_dir: the folder to make; one that already holds something is left alone and refused.
+        tokenizer: tokenizer.model; default: in input_dir, or in the folder above it.
+    """
+    source, target = Path(str(input_dir)).expanduser(), output_folder(output_dir)
+    files = sorted(source.glob("consolidated.*.pth"))
+    if not files or not (source / "params.json").is_file():
+        raise UserError(f"{source} does not hold Meta's files: expected consolidated.00.pth and params.json.")
+    refuse_inside(target, source)
+    refuse_taken(target)
+    places = [Path(str(tokenizer))] if tokenizer else [source / "tokenizer.model", source.parent / "tokenizer.model"]
+    vocabulary = next((path for path in places if path.is_file()), None)
+    if vocabulary is None:
+        raise UserError(f"no tokenizer.model at {' or '.join(map(str, places))}. Say where it is: --tokenizer FILE")
+    params = jload(source / "params.json")
+    parts = [{tensor.name: tensor for tensor in open_torch_file(path)[0]} for path in files]
+    plan = plan_tensors(parts, params)
+    headers, total = plan_shards(plan), sum(int(np.prod(shape)) * 2 for _, shape, *_ in plan.values())
+    need_space(target, sum(map(header_file_size, headers.values())))
+    with work_folder(target, "converting") as work:
+        clear(work, keep=set())
+        with run_record(work, {"input_dir": str(input_dir), "output_dir": str(output_dir)}):
+            with progress_bar("convert", total) as progress:
+                for file, header in headers.items():
+                    with ShardWriter(work / file, header) as writer:
+                        for name in writer.tensors:
+                            values = assemble(*plan[name], params["n_heads"])
+                            writer.write(name, 0, values)
+                            progress(values.nbytes)
+            write_small_files(work, plan, params, headers, vocabulary)
+        publish(work, target)
+    print(f"{target}: {len(plan)} tensors from {len(files)} file(s) of Meta's.")
+
+
+def plan_tensors(parts: list[dict[str, Tensor]], params: dict) -> dict[str, tuple]:
+    """Per tensor to write: (its type, its shape, the parts that it is made of, the dimension they are joined along)."""
+    names = {f"{old}.weight": (f"{new}.weight", along) for old, (new, along) in OUTSIDE.items()}
+    for layer in range(params["n_layers"]):
+        for old, (new, along) in LAYER.items():
+            names[f"layers.{layer}.{old}.weight"] = (f"model.layers.{layer}.{new}.weight", along)
+    plan = {}
+    for old, (new, along) in names.items():
+        pieces = [part.get(old) for part in parts]
+        if None in pieces:
+            raise UserError(f"consolidated.{pieces.index(None):02}.pth has no {old}: these are not LLaMA 1's files.")
+        shape = list(pieces[0].shape)
+        if along is None:
+            pieces = pieces[:1]
+        else:
+            shape[along] = sum(piece.shape[along] for piece in pieces)
+        plan[new] = (pieces[0].dtype, tuple(shape), pieces, along)
+    return plan
+
+
+def plan_shards(plan: dict[str, tuple]) -> dict[str, str]:
+    """File name -> header: tensors in order, at most SHARD_BYTES in a file."""
+    groups, held = [[]], 0
+    for name, (dtype, shape, *_) in plan.items():
+        size = int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
+        if groups[-1] and held + size > SHARD_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append((name, dtype, shape))
+        held += size
+    if len(groups) == 1:
+        return {"model.safetensors": make_header(groups[0])}
+    count = len(groups)
+    return {f"model-{i:05}-of-{count:05}.safetensors": make_header(group) for i, group in enumerate(groups, start=1)}
+
+
+def assemble(dtype: str, shape: tuple, pieces: list[Tensor], along: int | None, heads: int) -> np.ndarray:
+    """One tensor's elements, joined from the files and, for q and k, with the rows in the order of this format.
+
+    Meta rotates neighbouring rows of a head together; here a head's first half is rotated with its second half.
+    """
+    arrays = []
+    for piece in pieces:
+        with piece.opened() as read:
+            arrays.append(read(0, piece.numel).reshape(piece.shape))
+    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=along)
+    if pieces[0].name.endswith(("attention.wq.weight", "attention.wk.weight")):
+        rows, columns = shape
+        values = values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2)
+    return np.ascontiguousarray(values).reshape(-1)
+
+
+def write_small_files(work: Path, plan: dict, params: dict, headers: dict[str, str], vocabulary: Path) -> None:
+    """config.json, generation_config.json, the tokenizer, and the index."""
+    from transformers import LlamaTokenizer
+
+    dtype, (rows, _) = plan["model.embed_tokens.weight"][:2]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": params["dim"],
+        "intermediate_size": plan["model.layers.0.mlp.gate_proj.weight"][1][0], "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"], "num_key_value_heads": params["n_heads"], "vocab_size": rows,
+        "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": params["norm_eps"],
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True,
+        "dtype": {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[dtype],
+    }  # fmt: skip
+    jdump(config, work / "config.json", indent=2)
+    jdump({"bos_token_id": 1, "eos_token_id": 2}, work / "generation_config.json", indent=2)
+    (work / "tokenizer.model").write_bytes(vocabulary.read_bytes())
+    tokenizer = LlamaTokenizer.from_pretrained(work, add_bos_token=True)
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(work)
+    write_index(work, headers)
+
+
+if __name__ == "__main__":
+    run_cli({"convert": convert}, default="convert")
