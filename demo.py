@@ -141,7 +141,8 @@ def build_page(models: list[Served], limits: "Limits", check: Filter | None, log
         finally:
             run.close()
             if log_path:
-                log_run(log_path, run)
+                # Gradio closes a stopped stream from its event loop, which must not wait for a last token.
+                threading.Thread(target=log_run, args=(log_path, run)).start()
 
     def stop_now(request: gr.Request):
         """Gradio closes the stream, or takes the question out of the queue; this shows how far the answers came."""

@@ -192,7 +192,8 @@ class Run:
 
 
 def log_run(path: str, run: Run) -> None:
-    """Appends a question and its answers to a JSONL file."""
+    """Appends a question and its answers to a JSONL file, once the models are still."""
+    run.settle()
     answers = [
         {"model": column.served.name, "written": column.written, "shown": column.shown, "status": run.status(column)}
         for column in run.columns
