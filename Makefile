@@ -15,6 +15,7 @@ quickstart: $(VENV)/.quickstart
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash quickstart.sh $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.quickstart
+	PYTHON=$(BIN)/python bash tests/install_browser.sh
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
