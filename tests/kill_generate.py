@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fake_openai import FakeOpenAI, made_up_reply  # noqa: E402
 
 ROUGH = {"429": 0.08, "500": 0.06, "reset": 0.06, "drip": 0.1, "broken_json": 0.06, "length": 0.05}
-# Seconds. A reply that left the server less than this before the kill may have been in the network or the kernel, or, on
+# Seconds. A reply that left the server less than this before the kill may have been in the network or the kernel or, on
 # a machine with more to do than cores, in a process that waited for its turn. The longest time is printed.
 ON_THE_WAY = 1.0
 
