@@ -192,4 +192,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)
+        if (
+            not self.stopped
+        ):  # else further signals, from a launcher that ends its processes, must not end this one early
+            signal.signal(signal.SIGTERM, self.previous)

@@ -258,14 +258,22 @@ def main() -> int:
         return 2
     except Stopped:
         say("stopped by SIGTERM after saving; --resume_from_checkpoint auto goes on from there")
+        leave_together()
         return 143
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    if torch := sys.modules.get("torch"):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    leave_together()
     return 0
+
+
+def leave_together() -> None:
+    """Ends the process group when all are done: a launcher takes the first one that leaves as the end of all."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

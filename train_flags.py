@@ -8,6 +8,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -263,7 +264,7 @@ def parse(pairs: list[tuple[str, list[str]]], classes: Sequence[type], problems:
                 raise UserError(f"argument --{name}: {' '.join(rest)!r} is one value too many")
             words += [f"--{name}", *values]
         except UserError as error:
-            problems.append(" ".join(str(error).split()))
+            problems.append(re.sub(r"argument (--\w+)\S*:", r"\1:", " ".join(str(error).split())))
     namespace = vars(parser.parse_args(words))
     return [{f.name: namespace[f.name] for f in dataclasses.fields(c) if f.init} for c in classes]
 

@@ -113,9 +113,7 @@ def test_written_model_is_read_back(written, tiny_llama, tmp_path):
 
     model, weights, probe, expected = written
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    done = checkpoint.write_verified(
-        model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3
-    )
+    done = checkpoint.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
     assert done["dtype"] == "float32" and done["difference"] == 0
     assert checkpoint.find_damage(tmp_path) == [] and not list(tmp_path.glob(".*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -77,9 +77,9 @@ def wait(pids, folder: Path, timeout: float = 240) -> Run:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
-        failed = any(statuses.values())
-        if failed or time.monotonic() > deadline:
-            time.sleep(1)
+        if any(statuses.values()):
+            deadline = min(deadline, time.monotonic() + 10)
+        if time.monotonic() > deadline:
             for pid in set(pids) - set(statuses):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
