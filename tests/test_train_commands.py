@@ -137,7 +137,7 @@ def test_spellings_of_2023(monkeypatch):
         "--group_by_length", "--logging_dir", "logs", "--overwrite_output_dir", "True", "--no_cuda", "True",
         "--save_safetensors", "False", "--adafactor", "True",
     )  # fmt: skip
-    config = json.loads(pairs.pop("fsdp_config")[0] if pairs["fsdp_config"] else "{}")
+    config = json.loads(pairs.pop("fsdp_config")[0])
     assert config == {
         "reshard_after_forward": False,
         "cpu_offload": True,
@@ -168,8 +168,8 @@ def test_all_problems_are_told_at_once(tmp_path, run_script):
     )  # fmt: skip
     for text in (
         "11 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
-        "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder", "--save_dtype int8",
-        "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed", "no file " + str(tmp_path / "none.json"),
+        "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder",
+        "--save_dtype int8", "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed", "no file " + str(tmp_path / "none.json"),
         "--eval_strategy steps needs held-out rows",
     ):  # fmt: skip
         assert text in done.stderr, done.stderr

@@ -13,8 +13,8 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import tiny_models
-import train_runs
+import tiny_models  # noqa: E402
+import train_runs  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 DEEPSPEED = Path(__file__).resolve().parent.parent / "configs/default_offload_opt_param.json"
@@ -58,7 +58,7 @@ def ways(tiny_llama, tmp_path_factory):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_loss_curve_is_the_golden_one(ways, way):
-    """Guards: ranks whose optimizer updated one weight only, losses averaged per rank, padding that counted as tokens."""
+    """Guards: a rank whose optimizer updated one weight only, losses averaged per rank, padding counted as tokens."""
     golden = json.loads(GOLDEN.read_text())["losses"]
     assert train_runs.losses(ways[way][1]) == pytest.approx(golden, rel=2e-5)
 
