@@ -192,7 +192,6 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        if (
-            not self.stopped
-        ):  # else further signals, from a launcher that ends its processes, must not end this one early
+        # After a stop a launcher that ends its processes sends more of them, and this one still has to write run.json.
+        if not self.stopped:
             signal.signal(signal.SIGTERM, self.previous)

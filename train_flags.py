@@ -1,4 +1,4 @@
-"""Reads train.py's command line: flags, YAML or JSON run files, the spellings of 2023; finds all problems at once.
+"""Reads train.py's command line: flags, YAML or JSON run files, the spellings of 2023; fits it to the machine.
 
 Not a command; `python train.py --help` prints what is declared here.
 """
@@ -289,98 +289,7 @@ def print_help(argv: Sequence[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What can be known to be wrong before anything is loaded.
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_gpu: bool) -> list[str]:
-    """Every problem that the values alone, the files and the hardware show, each with its way out."""
-    problems = []
-
-    def problem(text: str) -> None:
-        problems.append(text)
-
-    output_dir = run["output_dir"]
-    if not output_dir:
-        problem("--output_dir is missing: the folder for the result")
-    elif not (run["overwrite"] or run["dry_run"] or run["resume_from_checkpoint"]):
-        if Path(output_dir).is_file() or (Path(output_dir).is_dir() and any(Path(output_dir).iterdir())):
-            problem(
-                f"--output_dir {output_dir} already holds something and is left alone: choose another, go on from its "
-                "checkpoints with --resume_from_checkpoint auto, or replace its result with --overwrite True"
-            )
-    if not data["data_path"]:
-        problem("--data_path is missing: for example --data_path ./alpaca_data.json")
-    for name in ("data_path", "eval_data_path"):
-        for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
-            if not Path(path).exists() and (path.endswith((".json", ".jsonl")) or path.startswith((".", "/"))):
-                folder = Path(path).parent
-                near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.json*")], n=1)
-                problem(f"--{name}: no file {path}." + (f" Did you mean {folder / near[0]}?" if near else ""))
-    base = model["model_name_or_path"]
-    if not base:
-        problem("--model_name_or_path is missing: a checkpoint's folder or a Hugging Face model name")
-    elif Path(base).is_dir() and not (Path(base) / "config.json").is_file():
-        problem(f"--model_name_or_path: {base} has no config.json, so it is not a Hugging Face checkpoint")
-    elif not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        problem(f"--model_name_or_path: no folder {base}")
-
-    for name, value in (("dtype", model["dtype"]), ("save_dtype", run["save_dtype"])):
-        if value not in DTYPES:
-            problem(f"--{name} {value}: expected one of {', '.join(DTYPES)}")
-    if model["merge_lora"] and not (model["lora_r"] or model["qlora"]):
-        problem("--merge_lora True needs adapters: add --lora_r 8")
-    if model["qlora"]:
-        if not has_gpu:
-            problem("--qlora needs an NVIDIA GPU; without one use --lora_r 8 alone")
-        elif importlib.util.find_spec("bitsandbytes") is None:
-            problem("--qlora needs bitsandbytes: pip install bitsandbytes")
-        if run["deepspeed"]:
-            problem("--qlora and --deepspeed do not go together: ZeRO-3 cannot shard 4-bit weights")
-    if run["fsdp"] and run["deepspeed"]:
-        problem("--fsdp and --deepspeed both shard the model: leave one out")
-    if run["deepspeed"] and isinstance(run["deepspeed"], str):
-        problems += check_deepspeed(run["deepspeed"])
-
-    has_eval = bool(data["eval_data_path"]) or bool(data["val_size"])
-    for name, value in (("eval_strategy", str(run["eval_strategy"])), ("eval_on_start", run["eval_on_start"])):
-        if value not in (False, "no", "IntervalStrategy.NO") and not has_eval:
-            problem(f"--{name} {value} needs held-out rows: add --eval_data_path FILE or --val_size 200")
-    if data["eval_data_path"] and data["val_size"]:
-        problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
-    if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
-        problem(f"--val_size {data['val_size']}: expected a count of rows, or a share below 1")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
-        if run[name] < 1:
-            problem(f"--{name} {run[name]}: expected at least 1")
-    if run["fp16"] and not has_gpu:
-        problem("--fp16 needs a GPU (its loss scaling does not exist on a CPU): leave it out, or use --bf16 True")
-    if run["fp16"] and run["bf16"]:
-        problem("--fp16 and --bf16 cannot both be on")
-    for name in ("warmup_steps", "learning_rate", "weight_decay"):
-        if run[name] < 0:
-            problem(f"--{name} {run[name]}: expected 0 or more")
-    return problems
-
-
-def check_deepspeed(path: str) -> list[str]:
-    """What is wrong with a DeepSpeed file, or with this machine for it."""
-    try:
-        config = read_mapping(path, "--deepspeed")
-    except UserError as error:
-        return [str(error)]
-    problems = []
-    if importlib.util.find_spec("deepspeed") is None:
-        problems.append("--deepspeed: the package is not installed; pip install deepspeed")
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is False:
-        # The original's file says so, and its users' saved models had no weights in them.
-        problems.append(
-            f'--deepspeed {path}: "stage3_gather_16bit_weights_on_model_save": false leaves checkpoints without '
-            "weights; set it to true"
-        )
-    return problems
+# The arguments of a run, for this machine.
 
 
 def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, DataArguments, Any]:
@@ -395,6 +304,7 @@ def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, Data
     import torch
 
     import cpu_cluster
+    from run_checks import check
 
     notes: list[str] = []
     problems: list[str] = []

@@ -13,6 +13,7 @@ import tiny_models
 import train_runs
 import yaml
 
+import run_checks
 import train_flags
 from utils import UserError
 
@@ -92,7 +93,7 @@ def test_run_file_is_valid(path, tmp_path):
     assert not problems and not notes
     (tmp_path / "config.json").write_text("{}")
     run["output_dir"] = str(tmp_path / "out")
-    assert train_flags.check(model, data, run, has_gpu=True) == []
+    assert run_checks.check(model, data, run, has_gpu=True) == []
     header = path.read_text()
     assert re.search(r"^#   (torchrun|python) .*configs/" + path.name, header, re.M)
 
@@ -169,8 +170,8 @@ def test_all_problems_are_told_at_once(tmp_path, run_script):
     for text in (
         "11 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
         "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder",
-        "--save_dtype int8", "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed", "no file " + str(tmp_path / "none.json"),
-        "--eval_strategy steps needs held-out rows",
+        "--save_dtype int8", "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed",
+        "no file " + str(tmp_path / "none.json"), "--eval_strategy steps needs held-out rows",
     ):  # fmt: skip
         assert text in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
@@ -182,8 +183,18 @@ def test_deepspeed_file_that_saves_no_weights_is_refused(tmp_path):
     path.write_text(
         '{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": false}}', encoding="utf-8"
     )
-    assert "set it to true" in train_flags.check_deepspeed(str(path))[0]
-    assert train_flags.check_deepspeed(str(ROOT / "configs/default_offload_opt_param.json")) == []
+    assert "set it to true" in run_checks.check_deepspeed(str(path))[0]
+    assert run_checks.check_deepspeed(str(ROOT / "configs/default_offload_opt_param.json")) == []
+
+
+def test_packages_that_a_flag_needs(tmp_path):
+    """Guards: a missing optional package was found out after the model was loaded."""
+    absent = [("use_liger_kernel", ["True"]), ("report_to", ["wandb", "tensorboard"])]
+    problems = run_checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
+    assert problems == [
+        "--use_liger_kernel True needs liger-kernel: pip install liger-kernel",
+        "--report_to wandb needs wandb: pip install wandb",
+    ]
 
 
 def test_wrong_wrap_class_lists_the_right_one(tiny_opt):
