@@ -160,13 +160,14 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
     def keep(name: str, tensor: Any) -> None:
         if main:
             target = dtype if tensor.is_floating_point() else tensor.dtype
+            name = name.replace("_orig_mod.", "")  # torch.compile's wrapper, around the model or around each layer
             weights[name] = tensor.detach().to("cpu", target, copy=True).contiguous()
 
     if kind == "DEEPSPEED":
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        inner = accelerator.unwrap_model(model)
+        inner = accelerator.unwrap_model(model, keep_torch_compile=False)
         for name, parameter in inner.named_parameters():
             # The float32 master copy where there is one: 16-bit shards are only its rounding.
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
@@ -183,7 +184,7 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
         for name, tensor in accelerator.get_state_dict(model).items():
             keep(name, tensor)
     else:
-        for name, tensor in accelerator.unwrap_model(model).state_dict().items():
+        for name, tensor in accelerator.unwrap_model(model, keep_torch_compile=False).state_dict().items():
             if hasattr(tensor, "full_tensor"):  # a DTensor; offloaded ones pass through the device for the gather
                 tensor = tensor.to(accelerator.device).full_tensor()
             keep(name, tensor)

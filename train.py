@@ -224,7 +224,7 @@ def save(trainer, tokenizer, config, model_args, args) -> None:
     dtype = base if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
     probe = torch.from_numpy(trainer.train_dataset[0]["input_ids"][None, :64])
     expected = trainer.probe_logits(probe)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     weights = gather_weights(
         trainer.model_wrapped, trainer.accelerator, torch.float32 if model_args.merge_lora else dtype
     )

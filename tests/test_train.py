@@ -167,13 +167,27 @@ def test_save_dtype(tiny_llama, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("more", [["--gradient_checkpointing", "True"], ["--optim", "adamw_torch_fused"]], ids=str)
-def test_faster_settings_have_the_same_loss(tiny_llama, tmp_path, more):
-    """Guards: a setting that Trainer knows and this script breaks."""
-    plain = words(tiny_llama, tmp_path, tmp_path / "plain", "--max_steps", 3)
-    train_runs.launch(plain, tmp_path / "log").ok()
-    train_runs.launch([*words(tiny_llama, tmp_path, tmp_path / "fast", "--max_steps", 3), *more], tmp_path / "log").ok()
-    assert train_runs.losses(tmp_path / "fast") == pytest.approx(train_runs.losses(tmp_path / "plain"), rel=1e-5)
+@pytest.fixture(scope="module")
+def plain(tiny_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train_runs.launch(words(tiny_llama, folder, folder / "out", "--max_steps", 3), folder / "log").ok()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--gradient_checkpointing", "True"],
+        ["--optim", "adamw_torch_fused"],
+        ["--torch_compile_backend", "aot_eager"],  # all of torch.compile but the minute of making machine code
+    ],
+    ids=str,
+)
+def test_faster_settings_have_the_same_loss(plain, tiny_llama, tmp_path, more):
+    """Guards: a setting that Trainer knows and this script breaks; a compiled model was saved under other names."""
+    run = train_runs.launch([*words(tiny_llama, plain, tmp_path / "fast", "--max_steps", 3), *more], tmp_path / "log")
+    assert "read back, every tensor as in memory" in run.ok().output
+    assert train_runs.losses(tmp_path / "fast") == pytest.approx(train_runs.losses(plain / "out"), rel=1e-5)
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_llama, tmp_path):
