@@ -88,71 +88,37 @@ class PairEncoder:
 
     def __init__(self, tokenizer):
         """Raises UserError for a tokenizer that is not a fast one, that has no EOS, or that appends tokens."""
-        from tokenizers import Tokenizer
+        from batch_encoder import BatchEncoder
 
+        name = tokenizer.name_or_path
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast tokenizer; save it once with a tokenizer.json "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and pass that folder."
             )
         if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos_token, which marks an answer's end.")
-        # A copy, since calls through the tokenizer leave their truncation and padding in its backend.
-        self.backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.backend.no_truncation()
-        self.backend.no_padding()
+            raise UserError(f"the tokenizer {name} has no eos_token, which marks an answer's end.")
+        self.encode = BatchEncoder(tokenizer.backend_tokenizer)
         self.eos, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-
-        with_special = self.backend.encode("a").ids
-        plain = self.backend.encode("a", add_special_tokens=False).ids
-        if with_special[-len(plain) :] != plain:
+        if self.encode.after:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} adds tokens after every text ({with_special}). "
+                f"the tokenizer {name} adds tokens after every text ({self.encode.after}). "
                 "Set add_eos_token to false in its tokenizer_config.json; answers get their EOS here."
             )
-        if self.backend.encode("a" + self.eos).ids != [*with_special, self.eos_id]:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} does not read its own eos_token {self.eos!r} as one."
-            )
-        self._continuation = None
+        if self.encode.continuation("a" + self.eos)[-1] != self.eos_id:
+            raise UserError(f"the tokenizer {name} cannot read its own eos_token {self.eos!r}.")
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that decides the ids."""
-        return hashlib.sha256(f"{self.backend.to_str()}\n{self.eos}\n{self.eos_id}".encode()).hexdigest()
+        return hashlib.sha256(f"{json.dumps(self.encode.layout)}\n{self.eos}\n{self.eos_id}".encode()).hexdigest()
 
     def __call__(self, sources: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[list[int], int, bool]]:
         """For each pair: its ids (not truncated), how many of them are the source's, whether a token was split."""
-        texts = [source + target for source, target in zip(sources, targets, strict=True)]
-        prompts = [encoding.ids for encoding in self.backend.encode_batch_fast(sources)]
-        fulls = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
-        for number, (prompt, full) in enumerate(zip(prompts, fulls, strict=True)):
-            straddles = full[: len(prompt)] != prompt
-            if straddles:
-                full = prompt + self._encode_continuation(targets[number])
-            yield full, len(prompt), straddles
-
-    def _encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on from another: no BOS, and no blank put before its first word."""
-        if self._continuation is None:
-            from tokenizers import Tokenizer
-
-            layout = json.loads(self.backend.to_str())
-            for part in ("normalizer", "pre_tokenizer"):
-                layout[part] = _without_dummy_blank(layout[part])
-            self._continuation = Tokenizer.from_str(json.dumps(layout))
-        return self._continuation.encode(text, add_special_tokens=False).ids
-
-
-def _without_dummy_blank(node: Any) -> Any:
-    """A tokenizer's JSON layout with everything switched off that puts a blank before the text."""
-    if isinstance(node, list):
-        return [kept for kept in map(_without_dummy_blank, node) if kept is not None]
-    if isinstance(node, dict):
-        if node.get("type") == "Prepend":
-            return None
-        off = {"prepend_scheme": "never", "add_prefix_space": False}
-        return {key: off.get(key, _without_dummy_blank(value)) for key, value in node.items()}
-    return node
+        prompts = self.encode(sources)
+        wholes = self.encode([source + target for source, target in zip(sources, targets, strict=True)])
+        for prompt, whole, target in zip(prompts, wholes, targets, strict=True):
+            straddles = whole[: len(prompt)] != prompt
+            yield (prompt + self.encode.continuation(target) if straddles else whole), len(prompt), straddles
 
 
 def truncate(ids: Sequence[int], prompt_length: int, max_length: int, truncation: str, eos_id: int) -> Sequence[int]:

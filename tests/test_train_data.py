@@ -9,6 +9,7 @@ import tiny_models
 
 import row_attention
 import train_data
+from batch_encoder import BatchEncoder
 from train_data import IGNORE_INDEX, PaddedCollator, PaddingFreeCollator
 from utils import UserError, format_prompt
 
@@ -110,6 +111,37 @@ def test_labels_follow_the_original_except_at_straddling_tokens(folder, tmp_path
     assert dataset.report["straddling"] == straddling
     if folder.name == "tiny_llama":
         assert straddling > 0, "the fixture no longer shows the bug"
+
+
+def test_word_table_gives_the_tokenizers_own_ids(folder):
+    """Words looked up in a table instead of tokenised in their text: any text must come out the same."""
+    import random
+
+    tokenizer, draw = tokenizer_of(folder), random.Random(0)
+    encode = BatchEncoder(tokenizer.backend_tokenizer)
+    assert encode.by_word == (folder.name == "tiny_llama")
+    pieces = [
+        "a",
+        " ",
+        "  ",
+        "\n",
+        "▁",
+        "-",
+        ":",
+        "word",
+        " the",
+        "é",
+        "中",
+        "\t",
+        "😀",
+        "1",
+        "</s>",
+        "<unk>",
+        "<s>",
+        "<pad>",
+    ]
+    texts = ["".join(draw.choices(pieces, k=draw.randint(0, 9))) for _ in range(2000)]
+    assert encode(texts) == [tokenizer(text).input_ids for text in texts]
 
 
 @pytest.mark.parametrize("first", ["-", "- a", " -", "\n", " a", "", ":", "é", "中", "<unk>"])
