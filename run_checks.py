@@ -74,6 +74,8 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
         if run[name] < 1:
             problem(f"--{name} {run[name]}: expected at least 1")
+    if run["label_smoothing_factor"] and data["padding_free"]:
+        problem("--label_smoothing_factor needs the logits of every token: add --padding_free False")
     if run["fp16"] and not has_gpu:
         problem("--fp16 needs a GPU (its loss scaling does not exist on a CPU): leave it out, or use --bf16 True")
     if run["fp16"] and run["bf16"]:

@@ -336,6 +336,10 @@ def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, Data
     if problems:
         listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
         raise UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with this run:\n{listed}")
+    if processes == 1 and args.n_gpu > 1:
+        # Trainer would fall back on DataParallel, which is slow and cannot split rows that stand end to end.
+        say(f"note: one process trains on one of {args.n_gpu} GPUs; torchrun --nproc_per_node={args.n_gpu} takes all")
+        args._n_gpu = 1
     if args.fsdp and not has_gpu:
         cpu_cluster.present_processes_as_devices()
     return ModelArguments(**model), DataArguments(**data), args
