@@ -210,8 +210,13 @@ def write_verified(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
+        # A tied head is stored once, as in the base: in a diff of the two it would count twice.
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        weights = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
         model.save_pretrained(beside, state_dict=weights, max_shard_size="5GB")
         tokenizer.save_pretrained(beside)
+        for file in beside.iterdir():
+            utils.usual_rights(file)
         is_adapter = (beside / "adapter_config.json").exists()
         if not is_adapter:
             # save_pretrained writes the dtype that the model has in memory, and Trainer has switched the cache off.

@@ -159,6 +159,13 @@ def fsync_dir(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def usual_rights(path: str | os.PathLike) -> None:
+    """Gives a file or folder the rights that the user's umask means; what tempfile and safetensors make is private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~umask)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
     """Opens a file beside `path` for writing and renames it to `path` only when the block ends well.
@@ -174,10 +181,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files private; what a run leaves behind gets the usual rights.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)
+        usual_rights(beside)
         os.replace(beside, path)
         fsync_dir(path.parent)
     except BaseException:
@@ -202,9 +206,7 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
             if file.is_file():
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o777 & ~umask)
+        usual_rights(beside)
         replaced = None
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
