@@ -161,7 +161,7 @@ class ReportCallback(TrainerCallback):
             "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "processes": args.world_size,
             "hardware": hardware_name(args),
-            "seconds": round(totals["seconds"], 2),
+            "seconds": round(totals["seconds"], 4),
             "seconds_per_step": round(seconds / max(totals["steps"], 1), 4),
             "real_tokens": self.tokens_before + totals["tokens"],
             "real_tokens_per_second": round(totals["tokens"] / seconds, 1),

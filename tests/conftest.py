@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,10 @@ for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG", "OPENAI_ORGANIZA
     os.environ.pop(name, None)
 
 import tiny_models  # noqa: E402
+
+# The same examples in every run: a red build is then about the change, not about the day.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
