@@ -6,13 +6,13 @@ next batch begins. Then OUTPUT appears whole, in the order of the tasks, and the
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reply_journal import Journal
 from utils import UserError, jdump, refuse_existing, write_jsonl
 
 
@@ -30,32 +30,21 @@ class AnswerJournal(contextlib.AbstractContextManager):
             raise UserError(f"--output_path {output_path} must end in .json or .jsonl.")
         refuse_existing(self.output_path, overwrite)
         self.path = self.output_path.with_name(self.output_path.name + ".partial.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = open(self.path, "a+b")
-        try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.stream.close()
-            raise UserError(f"{self.path} is being written by another run.") from error
+        self.journal = Journal(self.path)
         if overwrite:
-            self.stream.truncate(0)
+            self.journal.clear()
         try:
             self.answers = self._read(json.loads(json.dumps(settings, default=str)))
         except BaseException:
-            self.stream.close()
+            self.journal.close()
             raise
 
     def _read(self, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        self.stream.seek(0)
-        content = self.stream.read()
-        # A line that the kill cut short has no end; its answer is asked for again.
-        whole = content[: content.rfind(b"\n") + 1]
-        self.stream.truncate(len(whole))
+        lines = self.journal.records
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
             earlier = lines[0]["settings"] if lines else settings
             answers = {line["row"]: line["answer"] for line in lines[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UserError(f"{self.path} is damaged ({error}). Move it away, or add --overwrite True.") from error
         changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
         if changed:
@@ -67,17 +56,12 @@ class AnswerJournal(contextlib.AbstractContextManager):
                 "choose another --output_path, or add --overwrite True to begin again."
             )
         if not lines:
-            self._write([{"settings": settings}])
+            self.journal.append_now([{"settings": settings}])
         return answers
-
-    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        self.stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
 
     def add(self, answers: Mapping[int, dict[str, Any]]) -> None:
         """Appends answers by row number and returns when they are on the disk."""
-        self._write([{"row": row, "answer": answer} for row, answer in answers.items()])
+        self.journal.append_now({"row": row, "answer": answer} for row, answer in answers.items())
         self.answers.update(answers)
 
     def finish(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -86,7 +70,7 @@ class AnswerJournal(contextlib.AbstractContextManager):
         self.path.unlink()
 
     def __exit__(self, *_):
-        self.stream.close()
+        self.journal.close()
 
 
 def _write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -179,6 +179,8 @@ def _answer_from_server(
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging and reporting.
 
+SOFT_LOGPROBS = 5  # likeliest first words asked for with --soft: what OpenAI's completions allow
+
 
 def judge(
     answers_1: str,
@@ -190,6 +192,7 @@ def judge(
     name_1: str | None = None,
     name_2: str | None = None,
     limit: int | None = None,
+    soft: bool = False,
     temperature: float = 0.0,
     max_tokens: int = 64,
     reasoning_effort: str | None = None,
@@ -214,8 +217,11 @@ def judge(
         name_1: Name of the first model, instead of the one in its file.
         name_2: Name of the second model.
         limit: Only the first so many pairs.
+        soft: Count the probabilities that the judge gives to its verdicts, instead of its word; preferences become
+            fractions. The server must send log-probabilities (reasoning models have none).
         temperature: Of the judge.
-        max_tokens: Longest reply of the judge; raise it for judges that think in the reply.
+        max_tokens: Longest reply of the judge; raise it for judges that think in the reply. With --soft one token
+            decides, and no more are asked for.
         reasoning_effort: For reasoning models.
         max_concurrency: Requests under way at once.
         max_cost_usd: Stops asking when new replies have cost this much.
@@ -225,6 +231,7 @@ def judge(
     """
     import judge as judging
     from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, find_price
+    from reply_journal import Journal
     from teacher import Teacher, served_model
 
     output = Path(output_dir)
@@ -245,7 +252,8 @@ def judge(
     tally = judging.Tally(find_price(model, price_input, price_output))
     settings = {
         "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
-        "temperature": temperature, "max_tokens": max_tokens, "reasoning_effort": reasoning_effort, "pairs": len(pairs),
+        "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,
+        "reasoning_effort": reasoning_effort, "pairs": len(pairs),
     }  # fmt: skip
 
     async def ask():
@@ -254,10 +262,11 @@ def judge(
             base_url,
             api,
             temperature=temperature,
-            max_tokens=max_tokens,
+            max_tokens=settings["max_tokens"],
             reasoning_effort=reasoning_effort,
+            extra={"top_logprobs": SOFT_LOGPROBS} if soft else None,
         )
-        cache = judging.ReplyCache(output / "judge_cache.jsonl")
+        cache = Journal(output / "judge_cache.jsonl")
         try:
             await teacher.check_model()
             return *await judging.judge_pairs(pairs, teacher, cache, tally, max_concurrency, max_cost_usd), teacher

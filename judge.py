@@ -2,16 +2,17 @@
 
 Not a command; `python evaluation.py judge` is. A pair is shown to the judge twice, each answer once in first place,
 because judges favour a place: a verdict counts where both orders agree, and disagreement is a tie. A reply that names
-no answer and a request that fails are failures: counted and listed, never guessed.
+no answer and a request that fails are failures: counted and listed, never guessed. Instead of its word, the
+probabilities that the judge gives to the words can count (soft verdicts), averaged over both orders: then a small
+judge that always says the same word still shows which answer makes it less sure.
 """
 
 import asyncio
 import collections
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from model_catalog import Price
+from reply_journal import Journal
 from teacher import AskError, Teacher
 from utils import UserError, load_tasks
 from win_rate import category_of
@@ -71,6 +73,23 @@ def read_verdict(reply: str) -> str | None:
             return found[1]
     announced = set(re.findall(rf"\bVERDICT\W+(?:IS\W+)?(?:ANSWER\W+)?{word}\b", reply.upper()))
     return announced.pop() if len(announced) == 1 else None
+
+
+def soft_verdict(first_token: Mapping[str, float]) -> float | None:
+    """A preference from 1 (answer A) to 2 (answer B) by the log-probabilities of the reply's likeliest first tokens.
+
+    The probability of B plus half of TIE's, among those of the three words; the tokens of TIE are its beginnings.
+    AlpacaEval 2 weighs its verdicts the same way. None where the three have less than a hundredth together.
+    """
+    shares = {"A": 0.0, "B": 0.0, "TIE": 0.0}
+    for token, logprob in first_token.items():
+        word = token.strip().upper()
+        if word in ("A", "B"):
+            shares[word] += math.exp(logprob)
+        elif word and "TIE".startswith(word):
+            shares["TIE"] += math.exp(logprob)
+    whole = sum(shares.values())
+    return 1 + (shares["B"] + shares["TIE"] / 2) / whole if whole >= 0.01 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,43 +145,6 @@ def _task_key(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Replies on disk.
-
-
-class ReplyCache:
-    """Replies of judges by the sha256 of all that decides them, appended to a JSONL file and synced as they come."""
-
-    def __init__(self, path: str | Path):
-        """Opens `path`. Raises UserError where it is damaged before its last line or another run holds it."""
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.stream = open(self.path, "a+b")
-        try:
-            fcntl.flock(self.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.stream.close()
-            raise UserError(f"{self.path} is being written by another run.") from error
-        self.stream.seek(0)
-        content = self.stream.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a kill may have cut the last line short
-        self.stream.truncate(len(whole))
-        try:
-            self.replies = {line["key"]: line for line in map(json.loads, whole.splitlines())}
-        except (ValueError, KeyError, TypeError) as error:
-            self.stream.close()
-            raise UserError(f"{self.path} is damaged: {error}. Move it away to judge afresh.") from error
-
-    def add(self, key: str, reply: dict[str, Any]) -> None:
-        self.replies[key] = {"key": key, **reply}
-        self.stream.write(json.dumps(self.replies[key], ensure_ascii=False).encode() + b"\n")
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Judging.
 
 
@@ -190,29 +172,33 @@ class Tally:
 async def judge_pairs(
     pairs: Sequence[dict],
     teacher: Teacher,
-    cache: ReplyCache,
+    cache: Journal,
     tally: Tally,
     max_concurrency: int = 16,
     max_cost_usd: float | None = None,
 ) -> tuple[list[dict], list[dict]]:
     """(annotations, failures) of `pairs`, in their order.
 
-    An annotation is the pair with `preference` (1, 1.5 or 2), `verdicts` (per order: which output won) and `annotator`;
-    a failure is the pair with `failure` and the `replies`. Raises UserError where no request can succeed or the budget
-    is spent; the replies so far are on disk.
+    An annotation is the pair with `preference` (1, 1.5 or 2; between them where the teacher is asked for
+    `top_logprobs`), `verdicts` (per order: which output won) and `annotator`; a failure is the pair with `failure` and
+    the `replies`. `cache` keeps the replies by the sha256 of all that decides them. Raises UserError where no request
+    can succeed, where soft verdicts are asked of a server without log-probabilities, and where the budget is spent;
+    the replies so far are on disk.
     """
     from tqdm import tqdm
 
     turn = asyncio.Semaphore(max_concurrency)
     settings = {**teacher.settings, "max_tokens": teacher.max_tokens, "api": teacher.api}
+    soft = "top_logprobs" in teacher.settings
+    known = {record["key"]: record for record in cache.records}
 
     async def reply_to(prompt: str) -> dict[str, Any]:
         identity = [teacher.model, teacher.url, settings, PROMPT_VERSION, prompt]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         async with turn:
-            if key in cache.replies:
-                tally.count(cache.replies[key], cached=True)
-                return cache.replies[key]
+            if key in known:
+                tally.count(known[key], cached=True)
+                return known[key]
             if max_cost_usd is not None and tally.cost >= max_cost_usd:
                 raise UserError(
                     f"the budget of ${max_cost_usd:g} is spent after {tally.asked} replies. They are kept in "
@@ -220,6 +206,7 @@ async def judge_pairs(
                 )
             reply = await teacher.ask(prompt)
             kept = {
+                "key": key,
                 "reply": reply.text,
                 "finish_reason": reply.finish_reason,
                 "usage": reply.usage,
@@ -228,8 +215,13 @@ async def judge_pairs(
                 "prompt_version": PROMPT_VERSION,
                 "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            cache.add(key, kept)
+            if soft:
+                kept["first_token"] = reply.first_token
+            await cache.append(kept)
+            known[key] = kept
             tally.count(kept, cached=False)
+            if soft and not reply.first_token:
+                raise UserError(f"{teacher.url} sends no log-probabilities of {teacher.model}: leave out --soft.")
             return kept
 
     async def judge_one(pair: dict) -> dict:
@@ -241,23 +233,26 @@ async def judge_pairs(
         if pair["output_1"].strip() == pair["output_2"].strip():
             return {**pair, "preference": 1.5, "verdicts": ["identical"] * 2, "annotator": teacher.model}
         one, two = pair["output_1"], pair["output_2"]
-        orders = [(judge_prompt(pair, one, two), {"A": 1, "B": 2}), (judge_prompt(pair, two, one), {"A": 2, "B": 1})]
         replies, failure = [], None
-        for prompt, _ in orders:
+        for prompt in (judge_prompt(pair, one, two), judge_prompt(pair, two, one)):
             try:
                 replies.append(await reply_to(prompt))
             except AskError as error:
                 failure = f"{error.kind}: {error}"
                 break
-        words = [read_verdict(reply["reply"]) for reply in replies]
-        if failure is None and None in words:
+        if soft:
+            better = [soft_verdict(reply["first_token"]) for reply in replies]
+        else:
+            better = [{"A": 1, "B": 2, "TIE": 1.5}.get(read_verdict(reply["reply"])) for reply in replies]
+        if failure is None and None in better:
             failure = "no verdict in the reply"
         if failure:
             return {**pair, "failure": failure, "replies": [reply["reply"] for reply in replies]}
-        better = [names.get(word, 1.5) for word, (_, names) in zip(words, orders, strict=True)]
+        better[1] = 3 - better[1]  # in the second order, answer A is output_2
+        preference = sum(better) / 2
         return {
             **pair,
-            "preference": better[0] if better[0] == better[1] else 1.5,
+            "preference": preference if soft or better[0] == better[1] else 1.5,
             "verdicts": better,
             "annotator": replies[0]["model"],
             "prompt_version": PROMPT_VERSION,
@@ -277,10 +272,11 @@ async def judge_pairs(
 def agreement(annotations: Sequence[dict]) -> dict[str, int]:
     """How the two orders of the judged pairs went together: counts that show a judge's leaning to a place."""
     asked = [row["verdicts"] for row in annotations if "identical" not in row["verdicts"]]
+    sides = [tuple((value > 1.5) - (value < 1.5) for value in verdicts) for verdicts in asked]
     return {
-        "same_verdict": sum(first == second for first, second in asked),
-        "first_place_both_times": sum((first, second) == (1, 2) for first, second in asked),
-        "second_place_both_times": sum((first, second) == (2, 1) for first, second in asked),
-        "other_disagreement": sum(first != second and 1.5 in (first, second) for first, second in asked),
+        "same_verdict": sum(first == second for first, second in sides),
+        "first_place_both_times": sides.count((-1, 1)),
+        "second_place_both_times": sides.count((1, -1)),
+        "other_disagreement": sum(first != second and 0 in (first, second) for first, second in sides),
         "identical_answers": len(annotations) - len(asked),
     }

@@ -1,6 +1,7 @@
-"""responses.jsonl: every raw reply of a run, on disk before anything is made of it; one writer, torn lines mended.
+"""Every reply of a run in a JSONL file, on disk before anything is made of it; one writer, torn lines mended.
 
-generate_instruction.py writes it and makes all its other files from it again:
+generate_instruction.py writes responses.jsonl with it, and makes all its other files from that again; inference.py and
+evaluation.py keep answers and verdicts the same way:
 
     python generate_instruction.py rebuild --output_dir DIR                     # full scale: any journal
     python -c "import reply_journal as j; print(len(j.read_records('DIR/responses.jsonl')))"       # one minute
@@ -56,7 +57,7 @@ class Journal:
         except OSError as error:
             os.close(self._file)
             raise UserError(
-                f"another run is writing to {self.path.parent}. Wait for it, or choose another --output_dir."
+                f"another run is writing {self.path}. Wait for it, or choose another place for the output."
             ) from error
         fsync_dir(self.path.parent)
         content = self.path.read_bytes()
@@ -111,6 +112,11 @@ class Journal:
                 if done.cancelled():
                     continue
                 done.set_exception(error) if error else done.set_result(None)
+
+    def clear(self) -> None:
+        """Forgets all records, on disk too."""
+        os.ftruncate(self._file, 0)
+        self.records = []
 
     def close(self) -> None:
         os.close(self._file)

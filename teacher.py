@@ -30,7 +30,7 @@ SMALLEST_REPLY = 256  # tokens; a prompt that leaves less room than this is too 
 # Parameters that a model may refuse and a run can do without. The length limit is renamed instead.
 _OPTIONAL = (
     "stop", "temperature", "top_p", "logit_bias", "reasoning_effort", "presence_penalty", "frequency_penalty",
-    "logprobs", "echo", "suffix", "best_of", "seed",
+    "logprobs", "top_logprobs", "echo", "suffix", "best_of", "seed",
 )  # fmt: skip
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
 _POLICY_CODES = {"content_policy_violation", "content_filter", "invalid_prompt"}
@@ -54,6 +54,7 @@ class Reply:
     model: str
     request_id: str | None
     seconds: float
+    first_token: dict[str, float] | None = None  # its likeliest values and their log-probabilities, where asked for
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,9 +312,13 @@ class Teacher:
             path, content = "/completions", {"prompt": prompt}
             settings["stop"] = settings.get("stop") or stop
             settings.pop("reasoning_effort", None)
+            if likeliest := settings.pop("top_logprobs", None):
+                settings["logprobs"] = likeliest
         else:
             path = "/chat/completions"
             content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)}
+            if settings.get("top_logprobs"):
+                settings["logprobs"] = True
         sent = {name: value for name, value in settings.items() if value is not None and name not in self.dropped}
         return path, {"model": self.model, **content, **sent}
 
@@ -335,6 +340,7 @@ class Teacher:
             model=data.get("model") or self.model,
             request_id=data["_request_id"] or data.get("id"),
             seconds=data["_seconds"],
+            first_token=_first_token(choice.get("logprobs")),
         )
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -406,6 +412,18 @@ class Teacher:
 
     def _warn(self, text: str) -> None:
         print(f"note: {text}.", file=sys.stderr)
+
+
+def _first_token(logprobs: Any) -> dict[str, float] | None:
+    """The likeliest first tokens of a reply, in the form of chat (a list of objects) or of completions (a dict)."""
+    try:
+        if content := logprobs.get("content"):
+            likeliest = [(found["token"], found["logprob"]) for found in content[0]["top_logprobs"]]
+        else:
+            likeliest = logprobs["top_logprobs"][0].items()
+        return {token: float(logprob) for token, logprob in likeliest} or None
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return None
 
 
 def _unreachable(url: str, error: Exception) -> UserError:

@@ -103,6 +103,52 @@ def test_both_orders_ties_failures_and_the_cache(two_files, run_script, tmp_path
     assert {pair[::-1] for pair in shown} == set(shown)
 
 
+@pytest.mark.parametrize(
+    ("first_token", "preference"),
+    [
+        ({"A": 0.75, " B": 0.25}, 1.25), ({" a": 0.5, "A": 0.25, "B": 0.25}, 1.25), ({"T": 0.5, "TI": 0.2}, 1.5),
+        ({"B": 0.2, "TIE": 0.2, "The": 0.6}, 1.75), ({"The": 0.99, "A": 0.001}, None), ({" ": 1.0}, None),
+    ],
+)  # fmt: skip
+def test_soft_verdicts_weigh_the_words_by_their_probabilities(first_token, preference):
+    """A word behind a space and the first half of TIE count as what they are; a judge that names none gives no number."""
+    found = judge.soft_verdict({token: math.log(share) for token, share in first_token.items()})
+    assert found == (None if preference is None else pytest.approx(preference))
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_soft_judging_cancels_a_leaning_to_a_place(api, two_files, run_script, tmp_path):
+    """A judge that always says A, and is surest where A is the good one: its words are ties, its odds are not."""
+
+    def reply(body):
+        surely = 0.9 if "good" in shown_answers(body)[0] else 0.6
+        odds = {"A": math.log(surely), "B": math.log(1 - surely)}
+        if api == "completions":
+            return {"text": "A", "logprobs": {"top_logprobs": [odds]}}
+        likeliest = [{"token": token, "logprob": logprob} for token, logprob in odds.items()]
+        return {"text": "A", "logprobs": {"content": [{"token": "A", "logprob": 0, "top_logprobs": likeliest}]}}
+
+    flags = [*two_files, "--api", api, "--limit", "2", "--output_dir"]
+    with FakeOpenAI(reply=reply) as server:
+        flags += [tmp_path / "judged", "--base_url", server.base_url]
+        run_script("evaluation.py", "judge", *flags)
+        hard = json.loads((tmp_path / "judged" / "annotations.json").read_text())
+        done = run_script("evaluation.py", "judge", *flags, "--soft", "True", "--overwrite", "True")
+        assert "0 failures; 4 replies asked" in done.stdout  # none of the words' replies serves for the odds
+        body = server.log[-1]["body"]
+        again = run_script("evaluation.py", "judge", *flags, "--soft", "True", "--overwrite", "True")
+        assert "0 replies asked, 4 from the cache" in again.stdout
+        server.reply = "A"
+        flags[flags.index(tmp_path / "judged")] = tmp_path / "silent"
+        silent = run_script("evaluation.py", "judge", *flags, "--soft", "True", status=2)
+        assert "no log-probabilities" in silent.stderr and "leave out --soft" in silent.stderr
+    assert [row["preference"] for row in hard] == [1.5, 1.5]
+    rows = json.loads((tmp_path / "judged" / "annotations.json").read_text())
+    assert [row["preference"] for row in rows] == [pytest.approx(1.65), pytest.approx(1.35)]
+    assert body["logprobs"] == (5 if api == "completions" else True) and body["max_tokens"] == 1
+    assert json.loads((tmp_path / "judged" / "judge.json").read_text())["soft"] is True
+
+
 def test_requests_that_fail_are_failures_and_not_cached(two_files, run_script, tmp_path):
     """An unanswered pair is listed, not counted as a draw, and asked for again by the next run."""
 

@@ -263,7 +263,7 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
     output = tmp_path / "answers.jsonl"
     with AnswerJournal(output, {"model": "a", "seed": 0}) as journal:
         journal.add({0: {"text": "zero"}, 2: {"text": "two\nlines"}})
-        with pytest.raises(UserError, match="written by another run"):
+        with pytest.raises(UserError, match="another run is writing"):
             AnswerJournal(output, {"model": "a", "seed": 0})
     with open(journal.path, "a", encoding="utf-8") as stream:
         stream.write('{"row": 1, "answer": {"text": "to')
