@@ -111,7 +111,7 @@ def test_both_orders_ties_failures_and_the_cache(two_files, run_script, tmp_path
     ],
 )  # fmt: skip
 def test_soft_verdicts_weigh_the_words_by_their_probabilities(first_token, preference):
-    """A word behind a space and the first half of TIE count as what they are; a judge that names none gives no number."""
+    """A word behind a space and the first half of TIE count as what they are; a judge naming none gives no number."""
     found = judge.soft_verdict({token: math.log(share) for token, share in first_token.items()})
     assert found == (None if preference is None else pytest.approx(preference))
 
