@@ -49,7 +49,9 @@ def empty_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with unsharded(), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # on "meta" tied weights come apart, and would count twice
+    return model
 
 
 @contextlib.contextmanager

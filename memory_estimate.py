@@ -130,7 +130,6 @@ def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     from base_model import attention_projections, empty_model
 
     model = empty_model(config)
-    model.tie_weights()  # on "meta" tied weights come apart
     layers = _layers(model)
     everything = model.num_parameters()
     inside = sum(weight.numel() for layer in layers for weight in layer.parameters())

@@ -173,6 +173,8 @@ def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int,
             fsdp_config |= {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": int(value)}
         elif name == "tf32" and is_true(values) and not has_gpu:
             notes.append("--tf32 True needs an NVIDIA GPU (Ampere or newer); this CPU computes in float32")
+        elif name == "use_liger_kernel" and is_true(values) and not has_gpu:
+            notes.append("--use_liger_kernel True: its kernels run on GPUs alone; this CPU goes on with torch's")
         else:
             modern.append((name, values))
 

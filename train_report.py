@@ -66,9 +66,7 @@ class ReportCallback(TrainerCallback):
         from base_model import empty_model
 
         self.trainer, self.data_report = trainer, dict(data_report)
-        shapes = empty_model(trainer.model.config)
-        shapes.tie_weights()  # on "meta" tied weights come apart
-        self.flops = Flops(shapes, frozen=adapters)
+        self.flops = Flops(empty_model(trainer.model.config), frozen=adapters)
         self.log_file = Path(trainer.args.output_dir) / "train_log.jsonl"
         self.interval = [0, 0, 0]  # real tokens, places, positions with logits of this process since the last line
         self.totals = {"tokens": 0, "places": 0, "seconds": 0.0, "steps": 0}

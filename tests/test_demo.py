@@ -1,5 +1,6 @@
 """The web demo: demo.py runs as a user runs it, on tiny models, and a headless Chromium types and clicks."""
 
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
 import live_answers
+from demo import describe_origin
 from utils import read_jsonl
 
 # The hook of demo.py's docstring, and the ways in which one can fail.
@@ -392,6 +394,23 @@ def test_listens_on_this_machine_only_and_ends_clean(demos, open_page):
     demos[1].process.send_signal(signal.SIGINT)
     assert demos[1].process.wait(60) == 0
     assert "Traceback" not in demos[1].output and "ending the demo" in demos[1].output
+
+
+def test_the_page_tells_where_a_model_is_from(tmp_path):
+    """A demo that calls a fine-tuned model "a checkpoint", or drops the licence on its card, misleads its visitors."""
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    unknown = "not stated; the terms of its base model and of its training data apply"
+    assert describe_origin(str(folder)) == ("a checkpoint without a run record", unknown)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/llama/7b"}')
+    assert describe_origin(str(folder)) == ("fine-tuned from llama/7b", unknown)
+    settings = {"model_name_or_path": "huggyllama/llama-7b", "data_path": "data/alpaca_data.json, more.jsonl"}
+    (folder / "run.json").write_text(json.dumps({"settings": settings}))
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nA model.\n")
+    told = ("fine-tuned from huggyllama/llama-7b on alpaca_data.json, more.jsonl", "cc-by-nc-4.0")
+    assert describe_origin(str(folder)) == told
+    assert describe_origin("some/model") == ("the Hugging Face hub, some/model", unknown)
+    assert describe_origin("embedded")[1] == "Apache-2.0"
 
 
 def test_flags_are_checked_before_a_model_is_loaded(run_script, tmp_path):

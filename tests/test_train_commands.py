@@ -152,6 +152,13 @@ def test_spellings_of_2023(monkeypatch):
     assert len(notes) == 8
 
 
+def test_gpu_kernels_are_left_out_on_a_cpu():
+    """Guards: a cluster's command tried on a laptop failed in a Triton kernel after the model was loaded."""
+    pairs, notes, _ = modern("--use_liger_kernel", "True", "--tf32", "True")
+    assert pairs == {} and "GPUs alone" in notes[0] and "NVIDIA" in notes[1]
+    assert modern("--use_liger_kernel", "True", has_gpu=True)[0] == {"use_liger_kernel": ["True"]}
+
+
 def test_one_process_needs_no_sharding():
     """Guards: the 2023 command with one process raised "fsdp only works in distributed training"."""
     pairs, notes, _ = modern("--fsdp", "full_shard auto_wrap", processes=1)
