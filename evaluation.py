@@ -179,7 +179,7 @@ def _answer_from_server(
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging and reporting.
 
-SOFT_LOGPROBS = 5  # likeliest first words asked for with --soft: what OpenAI's completions allow
+SOFT_LOGPROBS = 20  # likeliest first tokens asked for with --soft: as many as OpenAI's chat gives
 
 
 def judge(

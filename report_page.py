@@ -109,9 +109,10 @@ def report_page(figures: dict[str, Any], annotations: Sequence[dict], judge: dic
 def _judge_note(judge: dict[str, Any] | None) -> str:
     if not judge:
         return "Preferences as found in the annotations file."
+    rule = "the probabilities of its verdicts are averaged" if judge.get("soft") else "disagreement is a tie"
     return escape(
         f"Judge {judge['judge']}, prompt {judge['prompt_version']}, {judge['date']}. Each pair was asked in both "
-        f"orders; disagreement is a tie. Pairs without a verdict, not counted: {judge['failures']}."
+        f"orders; {rule}. Pairs without a verdict, not counted: {judge['failures']}."
     )
 
 

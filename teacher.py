@@ -313,7 +313,7 @@ class Teacher:
             settings["stop"] = settings.get("stop") or stop
             settings.pop("reasoning_effort", None)
             if likeliest := settings.pop("top_logprobs", None):
-                settings["logprobs"] = likeliest
+                settings["logprobs"] = min(likeliest, 5)  # as many as OpenAI's completions give
         else:
             path = "/chat/completions"
             content = {"messages": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)}
