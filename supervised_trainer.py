@@ -189,7 +189,7 @@ class StopOnSignal(TrainerCallback):
             asked = bool(self.trainer.accelerator.reduce(torch.tensor(float(asked), device=args.device)).item())
         if asked and not self.stopped:
             self.stopped = True
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         # After a stop a launcher that ends its processes sends more of them, and this one still has to write run.json.

@@ -119,6 +119,8 @@ class ReportCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.step_ended = time.monotonic()
+        # Else what came after the last multiple of --logging_steps, or a whole short run, would be in no figure.
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._leave_out_pause()

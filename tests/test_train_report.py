@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_models
+import train_runs
 
 import memory_estimate
 import train_data
@@ -72,6 +73,17 @@ def test_final_report(finished):
     assert (folder / "out" / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_steps_after_the_last_log_line_count(finished, tiny_llama, tmp_path):
+    """A run shorter than --logging_steps (500 by default) reported 0 tokens, no loss and "100% padding"."""
+    folder, data, _ = finished
+    argv = [*command(tiny_llama, data, tmp_path / "out", 4, 2)[1:], "--logging_steps", 2]
+    train_runs.launch([*argv, "--data_cache_dir", folder / "cache" / "alpaca_tokens"], tmp_path / "log").ok()
+    lines = [line for line in utils.read_jsonl(tmp_path / "out" / "train_log.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 3]
+    report = json.loads((tmp_path / "out" / "train_report.json").read_text())
+    assert report["real_tokens"] == real_tokens(tiny_llama, data, folder) and report["steps_of_this_session"] == 3
+
+
 def test_model_card(finished, tiny_llama):
     """A checkpoint must say what it is, how to prompt it and under which licence."""
     folder, data, _ = finished
@@ -119,7 +131,9 @@ def callback_for(tmp_path, device="cpu", **args):
         per_device_train_batch_size=1, gradient_accumulation_steps=1,
     )  # fmt: skip
     trainer = SimpleNamespace(
-        args=SimpleNamespace(**{**settings, **args}), model=model, state=SimpleNamespace(global_step=0, epoch=0.0)
+        args=SimpleNamespace(**{**settings, **args}),
+        model=model,
+        state=SimpleNamespace(global_step=0, max_steps=9, epoch=0.0),
     )
     callback = train_report.ReportCallback.__new__(train_report.ReportCallback)
     callback.__dict__.update(
@@ -150,17 +164,17 @@ def test_pauses_are_not_training_time(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(train_report.time, "monotonic", lambda: clock.now)
     callback, trainer = callback_for(tmp_path)
-    args, state = trainer.args, trainer.state
-    callback.on_train_begin(args, state, None)
+    args, state, control = trainer.args, trainer.state, SimpleNamespace(should_log=False)
+    callback.on_train_begin(args, state, control)
     for step in (1, 2):
         clock.now += 2
         state.global_step = step
-        callback.on_step_end(args, state, None)
+        callback.on_step_end(args, state, control)
         if step == 1:
             clock.now += 30
-            callback.on_evaluate(args, state, None)
+            callback.on_evaluate(args, state, control)
             clock.now += 50
-            callback.on_save(args, state, None)
+            callback.on_save(args, state, control)
     callback.count({"input_ids": __import__("torch").ones(1, 40)})
     logs = {"loss": 1.0}
     callback.add_figures(logs)
