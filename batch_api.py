@@ -250,7 +250,7 @@ class _BatchRun:
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
                 content = await self.teacher.client.files.content(file_id)
-                for line in content.text.splitlines():
+                for line in content.content.splitlines():  # of bytes: JSON texts may hold Unicode's own line ends
                     row = json.loads(line)
                     answers[row["custom_id"]] = row
         records, failures = [], []

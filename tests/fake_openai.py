@@ -334,7 +334,7 @@ class FakeOpenAI:
                 body = self._completion(request["url"].removeprefix("/v1"), request["body"], fault)
                 good.append({**answer, "response": {"status_code": 200, "request_id": "r", "body": body}})
         for name, rows in (("output_file_id", good), ("error_file_id", bad)):
-            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
             batch[name] = self.add_file(content, f"{batch['id']}_{name}.jsonl")["id"] if rows else None
         batch["status"] = "completed"
         batch["request_counts"] = {"total": len(good) + len(bad), "completed": len(good), "failed": len(bad)}

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from fake_openai import FakeOpenAI
+from fake_openai import FakeOpenAI, made_up_reply
 
 import generate_instruction
 import task_harvest
@@ -494,6 +494,14 @@ def test_a_batch_interrupted_between_submit_and_download_is_not_submitted_twice(
             assert indices == list(range(len(indices))) and len(jload(tmp_path / name / "regen.json")) == 30
         uploads = [file for file in server.files.values() if file["filename"] == f"{own}-0.jsonl"]
         assert len(uploads) == 1
+
+
+def test_a_batch_whose_replies_hold_line_separators(tmp_path, server):
+    """U+2028 and U+0085 stand unescaped in JSON, and text split at them loses a day's paid batch."""
+    server.reply = lambda body: made_up_reply(body["messages"][-1]["content"], 4).rstrip() + " so\u2028it\x85ends"
+    generate(tmp_path / "batch", server, 12, batch_api=True, batch_poll_seconds=0.01)
+    by_batch = [record for record in replies(tmp_path / "batch") if record.get("batch")]
+    assert by_batch and all(record["text"].endswith(" so\u2028it\x85ends") for record in by_batch)
 
 
 def test_a_batch_keeps_to_the_budget_and_reports_refusals(tmp_path, server):
