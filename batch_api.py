@@ -101,6 +101,8 @@ class _BatchRun:
         return None
 
     def _prompt(self, index: int, harvest: Harvest) -> tuple[str, list[str]]:
+        if not self.prompter.settings["sample_from_generated"]:
+            return self.prompter.prompt(index, [])
         settled = index - self.prompter.settings["sample_lag"]
         kept = harvest.kept_after[settled] if settled >= 0 else harvest.imported
         return self.prompter.prompt(index, harvest.tasks[:kept])

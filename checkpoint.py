@@ -132,7 +132,9 @@ def check_disk(output_dir: str, parameters: int, save_bytes: int, saves: int, ke
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    # The checkpoints of a run that goes on are among those that it is going to hold.
+    there = sum(file.stat().st_size for each in checkpoints(output_dir) for file in each.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free + there
     text = f"{needed / 1e9:.1f} GB of disk ({final / 1e9:.1f} GB model, {held} checkpoints of {each / 1e9:.1f} GB)"
     if needed > free:
         raise UserError(
@@ -224,7 +226,7 @@ def write_verified(
             config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
             utils.jdump(config, beside / "config.json", indent=2)
         difference = check_model(beside, None if is_adapter else weights, probe, expected, rounding)
-        names = sorted(p.name for p in beside.iterdir())
+        names = sorted(p.name for p in beside.iterdir() if p.name != "README.md")  # train.py writes its own card
         for old in output_dir.glob("*.safetensors*"):
             if old.name not in names:
                 old.unlink()

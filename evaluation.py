@@ -115,7 +115,7 @@ def _answer_from_server(
 
     from answer_journal import AnswerJournal, answered_row
     from model_catalog import find_price
-    from teacher import AskError, Teacher
+    from teacher import AskError, Teacher, Turns
 
     model, api = settings["model"], settings["api"]
     price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
@@ -129,11 +129,11 @@ def _answer_from_server(
             top_p=settings["top_p"],
             max_tokens=settings["max_new_tokens"],
         )
-        turn = asyncio.Semaphore(max_concurrency)
+        turns = Turns(max_concurrency)
 
         async def ask(row: int, task: dict) -> None:
             text = "\n\n".join(part for part in (task["instruction"], task["input"]) if part.strip())
-            async with turn:
+            async with turns:
                 try:
                     reply = await teacher.ask(format_prompt(task) if api == "completions" else text)
                 except AskError as error:
@@ -144,12 +144,7 @@ def _answer_from_server(
             journal.add({row: {"text": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": length}})
 
         try:
-            async with asyncio.TaskGroup() as group:
-                for row, task in enumerate(tasks):
-                    if row not in journal.answers:
-                        group.create_task(ask(row, task))
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
+            await turns.finish_all(ask(row, task) for row, task in enumerate(tasks) if row not in journal.answers)
         finally:
             await teacher.close()
 
@@ -250,6 +245,11 @@ def judge(
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
 
     tally = judging.Tally(find_price(model, price_input, price_output))
+    if max_cost_usd is not None and tally.price is None:
+        raise UserError(
+            f"--max_cost_usd needs the price of {model}, which configs/prices.json does not list. "
+            "Give --price_input and --price_output in USD per million tokens."
+        )
     settings = {
         "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
         "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,

@@ -316,6 +316,11 @@ def begin_or_go_on(
     old = runs[-1]["settings"]
     answered = any(record["kind"] in ("reply", "answer") for record in journal.records)
     changed = [name for name in settings if settings[name] != old.get(name)]
+    if "answer_separately" in changed and answered:
+        raise UserError(
+            f"the replies in {journal.path} were asked for with --answer_separately {old.get('answer_separately')}; "
+            "lists with outputs and lists without cannot be mixed. Choose another --output_dir."
+        )
     if changed and answered and not change_settings:
         shown = "\n".join(f"  --{name}: {_short(old.get(name))}, now {_short(settings[name])}" for name in changed)
         raise UserError(
@@ -356,11 +361,16 @@ def print_plan(prompter: Prompter, price: Price | None, target: int, limits: Map
     sample = [estimate_tokens(prompter.prompt(index, [])[0]) for index in range(min(requests, 50))]
     prompt_tokens = requests * sum(sample) // len(sample)
     # 100 tokens a task, headers included: the released Alpaca data has 65 in the answer, about 25 before it.
-    completion_tokens = requests * min(100 * room, prompter.settings["max_tokens"])
+    separately = prompter.settings["answer_separately"]
+    completion_tokens = requests * min((35 if separately else 100) * room, prompter.settings["max_tokens"])
+    if separately:  # and each kept task's answer: the instruction with its chat wrapping, and the answer
+        prompt_tokens, completion_tokens = prompt_tokens + 50 * target, completion_tokens + 65 * target
     print(f"\n--- the first prompt ends here (examples: {', '.join(names)}) ---")
     print(
         f"about {requests:,} requests for {target:,} tasks, at {limits['expected_tasks_per_request']:.1f} kept a reply"
     )
+    if separately:
+        print(f"and {target:,} requests for the answers, at least")
     print(f"about {prompt_tokens:,} tokens of prompts and {completion_tokens:,} tokens of replies")
     if price is None:
         print("cost unknown: give --price_input and --price_output in USD per million tokens")

@@ -335,7 +335,10 @@ def serve(
             raise UserError(
                 f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one."
             )
-        _write_merged(model_name_or_path, adapter, dtype, merged_dir)
+        if (Path(merged_dir) / "config.json").is_file():
+            print(f"note: {merged_dir} is served as it is; remove it to have it written anew.")
+        else:
+            _write_merged(model_name_or_path, adapter, dtype, merged_dir)
         model_name_or_path = merged_dir
     else:
         check_model_path(model_name_or_path)  # refuses a weight diff

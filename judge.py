@@ -7,7 +7,6 @@ probabilities that the judge gives to the words can count (soft verdicts), avera
 judge that always says the same word still shows which answer makes it less sure.
 """
 
-import asyncio
 import collections
 import dataclasses
 import hashlib
@@ -21,7 +20,7 @@ from typing import Any
 
 from model_catalog import Price
 from reply_journal import Journal
-from teacher import AskError, Teacher
+from teacher import AskError, Teacher, Turns
 from utils import UserError, load_tasks
 from win_rate import category_of
 
@@ -187,15 +186,18 @@ async def judge_pairs(
     """
     from tqdm import tqdm
 
-    turn = asyncio.Semaphore(max_concurrency)
+    turns = Turns(max_concurrency)
     settings = {**teacher.settings, "max_tokens": teacher.max_tokens, "api": teacher.api}
     soft = "top_logprobs" in teacher.settings
-    known = {record["key"]: record for record in cache.records}
+    # A reply without the odds that soft verdicts are made of is asked for again.
+    known = {record["key"]: record for record in cache.records if not soft or record.get("first_token")}
+    odds_come = False
 
     async def reply_to(prompt: str) -> dict[str, Any]:
         identity = [teacher.model, teacher.url, settings, PROMPT_VERSION, prompt]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        async with turn:
+        nonlocal odds_come
+        async with turns:
             if key in known:
                 tally.count(known[key], cached=True)
                 return known[key]
@@ -220,7 +222,8 @@ async def judge_pairs(
             await cache.append(kept)
             known[key] = kept
             tally.count(kept, cached=False)
-            if soft and not reply.first_token:
+            odds_come = odds_come or bool(reply.first_token)
+            if soft and not odds_come:
                 raise UserError(f"{teacher.url} sends no log-probabilities of {teacher.model}: leave out --soft.")
             return kept
 
@@ -241,7 +244,7 @@ async def judge_pairs(
                 failure = f"{error.kind}: {error}"
                 break
         if soft:
-            better = [soft_verdict(reply["first_token"]) for reply in replies]
+            better = [soft_verdict(reply["first_token"] or {}) for reply in replies]
         else:
             better = [{"A": 1, "B": 2, "TIE": 1.5}.get(read_verdict(reply["reply"])) for reply in replies]
         if failure is None and None in better:
@@ -260,12 +263,7 @@ async def judge_pairs(
         }
 
     with tqdm(total=len(pairs), unit="pair", disable=None) as bar:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(judge_one(pair)) for pair in pairs]
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
-    judged = [task.result() for task in tasks]
+        judged = await turns.finish_all(map(judge_one, pairs))
     return [row for row in judged if "failure" not in row], [row for row in judged if "failure" in row]
 
 

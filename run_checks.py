@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from checkpoint import SEAL, checkpoints
 from train_flags import read_mapping
 from utils import UserError
 
@@ -24,12 +25,9 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
     output_dir = run["output_dir"]
     if not output_dir:
         problem("--output_dir is missing: the folder for the result")
-    elif not (run["overwrite"] or run["dry_run"] or run["resume_from_checkpoint"]):
-        if Path(output_dir).is_file() or (Path(output_dir).is_dir() and any(Path(output_dir).iterdir())):
-            problem(
-                f"--output_dir {output_dir} already holds something and is left alone: choose another, go on from its "
-                "checkpoints with --resume_from_checkpoint auto, or replace its result with --overwrite True"
-            )
+    elif not run["dry_run"]:
+        if text := output_problem(Path(output_dir), run["resume_from_checkpoint"], run["overwrite"]):
+            problem(text)
     if not data["data_path"]:
         problem("--data_path is missing: for example --data_path ./alpaca_data.json")
     for name in ("data_path", "eval_data_path"):
@@ -43,6 +41,13 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
         problem("--model_name_or_path is missing: a checkpoint's folder or a Hugging Face model name")
     elif Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         problem(f"--model_name_or_path: {base} has no config.json, so it is not a Hugging Face checkpoint")
+    elif (
+        output_dir
+        and run["overwrite"]
+        and Path(base).is_dir()
+        and Path(base).resolve().is_relative_to(Path(output_dir).resolve())
+    ):
+        problem(f"--overwrite True would remove the base {base} itself: choose another --output_dir")
     elif not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         problem(f"--model_name_or_path: no folder {base}")
 
@@ -56,6 +61,11 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
             problem("--qlora needs an NVIDIA GPU; without one use --lora_r 8 alone")
         elif importlib.util.find_spec("bitsandbytes") is None:
             problem("--qlora needs bitsandbytes: pip install bitsandbytes")
+        if model["merge_lora"]:
+            problem(
+                "--merge_lora True cannot merge into 4-bit weights: leave it out; `python inference.py serve "
+                "--model_name_or_path OUT --merged_dir DIR` then writes and serves the plain model"
+            )
         if run["deepspeed"]:
             problem("--qlora and --deepspeed do not go together: ZeRO-3 cannot shard 4-bit weights")
     if run["fsdp"] and run["deepspeed"]:
@@ -85,6 +95,29 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
         if run[name] < 0:
             problem(f"--{name} {run[name]}: expected 0 or more")
     return problems
+
+
+def output_problem(folder: Path, resume: str | None, overwrite: bool) -> str | None:
+    """Why a run may not write into `folder`: it holds something that neither `resume` goes on from nor `overwrite`
+    gives up."""
+    if folder.is_file():
+        return f"--output_dir {folder} is a file"
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        return (
+            f"--output_dir {folder} already holds something and is left alone: choose another, go on from its "
+            "checkpoints with --resume_from_checkpoint auto, or replace its result with --overwrite True"
+        )
+    finished = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", SEAL))
+    automatic = resume.lower() in ("auto", "true", "yes")
+    its_own = bool(checkpoints(folder)) if automatic else Path(resume).resolve().is_relative_to(folder.resolve())
+    if finished and not its_own:
+        return (
+            f"--output_dir {folder} holds a finished model and no checkpoint to go on from: choose another, or replace "
+            "it with --overwrite True"
+        )
+    return None
 
 
 def is_installed(name: str) -> bool:

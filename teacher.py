@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any
 
 from model_catalog import DEFAULT_MODEL, check_retired, estimate_tokens, judge_shutdown
@@ -139,6 +139,35 @@ class _Attempt:
 _attempt: contextvars.ContextVar[_Attempt | None] = contextvars.ContextVar("attempt", default=None)
 
 
+class Turns:
+    """At most `count` requests at a time: `async with turns`, in jobs that `finish_all` runs.
+
+    After a UserError nobody has another turn, and those who have one finish: what is asked is paid for.
+    """
+
+    def __init__(self, count: int):
+        self._free, self.error = asyncio.Semaphore(count), None
+
+    async def __aenter__(self) -> None:
+        await self._free.acquire()
+        if self.error:
+            self._free.release()
+            raise self.error
+
+    async def __aexit__(self, kind, error, trace) -> None:
+        self._free.release()
+        if isinstance(error, UserError):
+            self.error = self.error or error
+
+    async def finish_all(self, jobs: Iterable[Awaitable]) -> list[Any]:
+        """The results of all `jobs`, in order. Raises the UserError that ended the turns, or any other, at the end."""
+        results = await asyncio.gather(*jobs, return_exceptions=True)
+        for result in (self.error, *results):
+            if isinstance(result, BaseException):
+                raise result
+        return results
+
+
 class Teacher:
     """One model behind one server. `await ask(prompt)` gives a Reply, raises AskError for this request alone and
     UserError where no request can succeed (wrong key, unknown model, no quota, refused content).
@@ -175,7 +204,7 @@ class Teacher:
             self.settings = {name: value for name, value in self.settings.items() if value != 1.0}
         self.settings.update(extra or {})
         self.max_tokens = max_tokens
-        self._length_name = "max_completion_tokens" if self.official else "max_tokens"
+        self._length_name, self._renamed = ("max_completion_tokens" if self.official else "max_tokens"), False
         self.dropped: set[str] = set()
         self.counts: Counter[str] = Counter()  # what went wrong and was handled
         self.answered = 0
@@ -353,20 +382,23 @@ class Teacher:
         if is_text and no_endpoint and self._switch_api(body, message):
             return room
         self.stop_if_permanent(error)
+        named = [p for p in body if error.param == p or re.search(rf"\b{p}\b", message)]
         too_long = code == "context_length_exceeded" or re.search(
-            r"(?i)context (length|size|window)|reduce (your prompt|the length)|max_\w*tokens is too large", message
+            r"(?i)context[ _](length|size|window)|reduce (your prompt|the length)|"
+            r"max_\w*tokens\W+(is too large|must be)",
+            message,
         )
-        if too_long:
+        # Under its other name too the limit was refused: then it is its size that the server does not take.
+        if too_long or (self._renamed and self._length_name in named):
             if not room or int(room * 0.8) < SMALLEST_REPLY:
                 raise AskError("prompt too long", message) from error
             self.counts["reply shortened to fit the model"] += 1
             return int(room * 0.8)
-        named = [p for p in body if error.param == p or re.search(rf"\b{p}\b", message)]
         other_name = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
         for name in named:
             if name in other_name:
                 if self._length_name == name:  # else another request has learned it already
-                    self._length_name = other_name[name]
+                    self._length_name, self._renamed = other_name[name], True
                     self._warn(f"{self.model} refuses {name}; {self._length_name} is sent instead")
                 return room
         refused = [name for name in named if name in _OPTIONAL]
@@ -484,10 +516,10 @@ def complete_all(
 
     async def ask_all() -> list[list[Completion]]:
         teacher = Teacher(model, max_tokens=max_tokens, extra=settings)
-        turn = asyncio.Semaphore(max_concurrency)
+        turns = Turns(max_concurrency)
 
         async def ask_one(prompt: Any) -> list[Completion]:
-            async with turn:
+            async with turns:
                 try:
                     data = await teacher.post([prompt] if isinstance(prompt, Mapping) else prompt)
                 except AskError as error:
@@ -503,12 +535,8 @@ def complete_all(
             ]
 
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(ask_one(prompt)) for prompt in prompts]
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
+            return await turns.finish_all(map(ask_one, prompts))
         finally:
             await teacher.close()
-        return [task.result() for task in tasks]
 
     return asyncio.run(ask_all())

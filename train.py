@@ -87,7 +87,7 @@ def train(argv: list[str] | None = None) -> None:
     inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         say(check_disk_space(config, model_args, args, len(train_set)))
-        if args.overwrite and args.should_save:
+        if args.overwrite and args.should_save and not resume:  # going on from a checkpoint gives nothing up
             clear_result(args.output_dir)
         model = load_model(model_args, args, tokenizer, say)
         trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set)
@@ -231,10 +231,11 @@ def save(trainer, tokenizer, config, model_args, args) -> None:
     if args.process_index == 0:
         if model_args.merge_lora:
             model, weights = merge_adapters(model, weights, dtype)
-        coarse = args.bf16 or args.fp16 or dtype != torch.float32 or model_args.dtype not in ("float32", "auto")
-        done = write_verified(
-            model, weights, dtype, tokenizer, args.output_dir, probe, expected, rounding=5e-2 if coarse else 1e-3
-        )
+        coarse = args.bf16 or args.fp16 or args.tf32 or dtype != torch.float32
+        coarse = coarse or model_args.dtype not in ("float32", "auto")
+        # Adapters of a 4-bit base are opened on the whole one, which 4 bits are no fine copy of.
+        rounding = 0.5 if model_args.qlora else 5e-2 if coarse else 1e-3
+        done = write_verified(model, weights, dtype, tokenizer, args.output_dir, probe, expected, rounding)
         say(
             f"saved to {args.output_dir} in {done['dtype']}: {done['files']} files, {done['bytes'] / 1e9:.2f} GB; read "
             f"back, every tensor as in memory, logits within {done['difference']:.1e} of the trained model's"

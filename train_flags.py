@@ -125,7 +125,6 @@ def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int,
 
     `pairs`: (flag without dashes, its values) in the order typed. Returns the list in today's spelling.
     """
-    given = {name for name, _ in pairs}
     fsdp_config: dict[str, Any] = {}
     modern = []
     for name, values in pairs:
@@ -137,12 +136,11 @@ def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int,
             notes.append(f"--{name} is left out: {DROPPED[name]}")
         elif name == "warmup_ratio":
             notes.append(f"--warmup_ratio {value} is now --warmup_steps {value} (below 1 it is a share of all steps)")
-            if "warmup_steps" not in given and value:
-                modern.append(("warmup_steps", values))
+            modern.append(("warmup_steps", values))
         elif name == "group_by_length":
-            if is_true(values):
-                notes.append("--group_by_length True is now --train_sampling_strategy group_by_length")
-                modern.append(("train_sampling_strategy", ["group_by_length"]))
+            strategy = "group_by_length" if is_true(values) else "random"
+            notes.append(f"--group_by_length {value} is now --train_sampling_strategy {strategy}")
+            modern.append(("train_sampling_strategy", [strategy]))
         elif name == "adafactor":
             if is_true(values):
                 notes.append("--adafactor True is now --optim adafactor")
@@ -311,7 +309,7 @@ def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, Data
     notes: list[str] = []
     problems: list[str] = []
     pairs = argv_pairs(argv)
-    wants_cpu = any(name in ("use_cpu", "no_cuda") and is_true(values) for name, values in pairs)
+    wants_cpu = ([False] + [is_true(values) for name, values in pairs if name in ("use_cpu", "no_cuda")])[-1]
     has_gpu = torch.accelerator.is_available() and not wants_cpu
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -326,6 +324,8 @@ def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, Data
     from training_arguments import TrainingArguments
 
     model, data, run = parse(pairs, (ModelArguments, DataArguments, TrainingArguments), problems)
+    if str(run["resume_from_checkpoint"]).lower() in ("false", "no", "none", "0"):
+        run["resume_from_checkpoint"] = None
     problems += check(model, data, run, has_gpu)
     adapt_to_hardware(run, has_gpu, processes, notes)
     for line in notes:

@@ -122,10 +122,23 @@ def run_cli(commands: Mapping[str, Callable], default: str | None = None) -> Non
             # Fire reads values as Python: "red, blue" would become a tuple and "7" a number. A text stays a text.
             parameters = inspect.signature(function).parameters.values()
             texts = {p.name: str for p in parameters if p.annotation in (str, str | None, "str", "str | None")}
-            fire.decorators.SetParseFns(**texts)(function)
+            # And "false" would be a text, which is true.
+            switches = {p.name: _truth(p.name) for p in parameters if p.annotation in (bool, "bool")}
+            fire.decorators.SetParseFns(**texts, **switches)(function)
         result = fire.Fire(dict(commands), command=argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
     if isinstance(result, int) and not isinstance(result, bool):
         sys.exit(result)  # a command may return its exit status
+
+
+def _truth(name: str) -> Callable[[str], bool]:
+    """Reads the value of the switch --`name`."""
+
+    def read(value: str) -> bool:
+        if value.lower() not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
+            raise UserError(f"--{name} takes True or False, found {value!r}.")
+        return value.lower() in ("true", "yes", "1", "on")
+
+    return read
 
 
 def _check_flags(name: str, function: Callable, args: Sequence[str]) -> None:
@@ -366,8 +379,10 @@ def run_record(
 
     Written with outcome "running" when the block begins and again when it ends ("finished", "interrupted" or the
     error). The block may add its own figures to the dict that it gets. Settings whose name says that they hold a
-    secret, and secrets on the command line, are not written.
+    secret, and secrets on the command line, are not written. A record of another command that stands in the folder
+    stays: this one then becomes, for example, evaluation.report.run.json.
     """
+    target, begin = Path(output_dir) / file_name, time.monotonic()
     record = {
         "command": _without_secrets(sys.argv),
         "settings": {k: v for k, v in settings.items() if not _SECRET.search(k)},
@@ -378,7 +393,8 @@ def run_record(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "outcome": "running",
     }
-    target, begin = Path(output_dir) / file_name, time.monotonic()
+    if target.is_file() and _program(_command_of(target)) != _program(record["command"]):
+        target = target.with_name(f"{'.'.join(_program(record['command']))}.{file_name}")
     jdump(record, target)
     try:
         yield record
@@ -393,6 +409,19 @@ def run_record(
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         record["seconds"] = round(time.monotonic() - begin, 3)
         jdump(record, target)
+
+
+def _command_of(path: Path) -> list[str]:
+    try:
+        return jload(path)["command"]
+    except (UserError, KeyError, TypeError):
+        return []
+
+
+def _program(command: Sequence[str]) -> list[str]:
+    """Script and subcommand of a command line, without their path and endings: ["evaluation", "report"]."""
+    words = [Path(command[0]).stem, *command[1:2]] if command else []
+    return [word for word in words if re.fullmatch(r"[A-Za-z_]\w*", word)]
 
 
 _SECRET = re.compile(r"(?i)api_?key|token$|secret|password")

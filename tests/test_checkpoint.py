@@ -83,6 +83,13 @@ def test_disk_space_is_asked_for_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
     text = checkpoint.check_disk(str(tmp_path), 7 * 10**9, 2, saves=100, keep=1, trainable=7 * 10**9)
     assert text.startswith("182.0 GB of disk (14.0 GB model, 2 checkpoints of 84.0 GB)")
+    # A run that goes on needs no room for the checkpoint that is there.
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/optimizer.pt").write_bytes(bytes(1000))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    checkpoint.check_disk(str(tmp_path), 100, 2, saves=1, keep=None, trainable=100)
+    with pytest.raises(UserError, match="GB free"):
+        checkpoint.check_disk(str(tmp_path / "elsewhere"), 100, 2, saves=1, keep=None, trainable=100)
 
 
 def test_verify_command(tmp_path, run_script):

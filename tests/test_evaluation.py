@@ -142,6 +142,9 @@ def test_soft_judging_cancels_a_leaning_to_a_place(api, two_files, run_script, t
         flags[flags.index(tmp_path / "judged")] = tmp_path / "silent"
         silent = run_script("evaluation.py", "judge", *flags, "--soft", "True", status=2)
         assert "no log-probabilities" in silent.stderr and "leave out --soft" in silent.stderr
+        server.reply = reply  # the server is mended: what it kept back is asked for again
+        mended = run_script("evaluation.py", "judge", *flags, "--soft", "True")
+        assert "2 pairs judged" in mended.stdout and "4 replies asked, 0 from the cache" in mended.stdout
     assert [row["preference"] for row in hard] == [1.5, 1.5]
     rows = json.loads((tmp_path / "judged" / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == [pytest.approx(1.65), pytest.approx(1.35)]
@@ -176,6 +179,30 @@ def test_a_budget_stops_the_judge_and_keeps_its_replies(two_files, run_script, t
         assert "budget of $0.4 is spent" in stopped.stderr and 0 < paid < 8
         run_script("evaluation.py", "judge", *flags)
         assert len(server.finished()) == 8
+
+
+def test_a_budget_without_a_price_is_refused(two_files, run_script, tmp_path):
+    """The cost of an unlisted judge stayed 0, and a budget never ended anything."""
+    flags = [*two_files, "--output_dir", tmp_path / "judged", "--max_cost_usd", "1"]
+    with FakeOpenAI(reply=verdict_of) as server:
+        refused = run_script("evaluation.py", "judge", *flags, "--base_url", server.base_url, status=2)
+        assert "--max_cost_usd needs the price of fake-model" in refused.stderr and not server.log
+
+
+def test_replies_under_way_at_the_stop_are_kept(tmp_path, run_script):
+    """When one request ended the run the others were cut off: paid for, and on no disk."""
+    first = answer_file(tmp_path / "old.json", [f"bad {i}" for i in range(8)], generator="old")
+    second = answer_file(tmp_path / "new.json", [f"good {i}" for i in range(8)], generator="new")
+    files = ["--answers_1", first, "--answers_2", second, "--model", "fake-model"]
+    with FakeOpenAI(reply=verdict_of, latency=0.5) as server:
+        server.faults = lambda number, _: "quota" if number == 3 else None
+        server.latency = lambda rng: 0.2 if len(server.log) == 4 else 1.0
+        flags = [*files, "--output_dir", tmp_path / "judged", "--base_url", server.base_url]
+        stopped = run_script("evaluation.py", "judge", *flags, status=2)
+        assert "quota" in stopped.stderr
+        finished = len(server.finished())
+    cached = (tmp_path / "judged" / "judge_cache.jsonl").read_text().splitlines()
+    assert finished == len(cached) == 7
 
 
 def test_pairs_of_the_2023_files(tmp_path):

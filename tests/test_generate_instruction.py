@@ -85,6 +85,18 @@ def test_no_key_and_no_server_in_five_lines(run_script, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("value, plan", [("false", False), ("no", False), ("True", True), ("1", True)])
+def test_switches_take_any_spelling(run_script, tmp_path, value, plan):
+    """--overwrite false was the text "false", which is true, and replaced files."""
+    done = run_script(
+        "generate_instruction.py", "--output_dir", tmp_path, "--dry_run", value,
+        status=0 if plan else 2, env={"OPENAI_API_KEY": "", "OPENAI_BASE_URL": ""},
+    )  # fmt: skip
+    assert ("first prompt ends here" in done.stdout) == plan
+    wrong = run_script("generate_instruction.py", "--dry_run", "perhaps", status=2)
+    assert "--dry_run takes True or False, found 'perhaps'" in wrong.stderr
+
+
 def test_misspelt_names_are_told(run_script):
     """The original's misspelt task was a bare KeyError, and fire runs a job before it looks at a misspelt flag."""
     done = run_script("generate_instruction.py", "generate_instruction_folowing_data", status=2)
@@ -237,6 +249,9 @@ def test_other_settings_are_refused_by_name(tmp_path, server):
     assert contents(tmp_path) == before
     generate(tmp_path, server, 20, temperature=0.5, change_settings=True)
     assert len(jload(tmp_path / "regen.json")) == 20
+    # Lists with outputs read as lists without would empty the kept tasks.
+    with pytest.raises(UserError, match="cannot be mixed"):
+        generate(tmp_path, server, 30, temperature=0.5, change_settings=True, answer_separately=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -494,6 +509,14 @@ def test_a_batch_interrupted_between_submit_and_download_is_not_submitted_twice(
             assert indices == list(range(len(indices))) and len(jload(tmp_path / name / "regen.json")) == 30
         uploads = [file for file in server.files.values() if file["filename"] == f"{own}-0.jsonl"]
         assert len(uploads) == 1
+
+
+def test_a_batch_of_more_requests_than_sample_lag(tmp_path, server):
+    """The prompts of requests 65 and later looked for tasks of replies that had not come: real batches never began."""
+    options = {"batch_poll_seconds": 0.01, "expected_tasks_per_request": 4.0}
+    generate(tmp_path / "batch", server, 330, batch_api=True, **options)
+    assert len(jload(tmp_path / "batch" / "regen.json")) == 330
+    assert max(batch["request_counts"]["total"] for batch in server.batches.values()) > 70
 
 
 def test_a_batch_whose_replies_hold_line_separators(tmp_path, server):

@@ -78,6 +78,15 @@ def test_script_writes_figures_for_two_datasets(run_script, dataset, tmp_path):
     )
     assert small["top"][0]["verb"] == "write" and sorted(small["top"][0]["objects"]) == [["letter", 1], ["poem", 1]]
     assert json.loads((out / "run.json").read_text())["outcome"] == "finished"
+    again = ["parse_analysis.py", "--data_path", dataset, "--output_dir"]
+    assert "already exists" in run_script(*again, out, status=2).stderr
+    # A model's folder keeps its own record, which the demo reads.
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "run.json").write_text(json.dumps({"command": ["train.py"], "settings": {}}))
+    run_script(*again, trained)
+    assert json.loads((trained / "run.json").read_text())["command"] == ["train.py"]
+    assert json.loads((trained / "parse_analysis.run.json").read_text())["outcome"] == "finished"
 
 
 def test_missing_file_is_named(run_script, tmp_path):

@@ -97,6 +97,14 @@ def test_passing_faults_are_retried_and_counted(fault, counted):
     assert replies[0].text and one.counts[counted] == 1
 
 
+def test_a_length_limit_refused_under_both_names_ends():
+    """The two names were tried in turn for ever, as fast as the server could refuse them."""
+    with FakeOpenAI(refuses=("max_tokens", "max_completion_tokens")) as server:
+        (error,), _ = ask(server)
+        tries = len(server.log)
+    assert isinstance(error, AskError) and "not supported" in str(error) and tries < 15
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [("500", "server error"), ("broken_json", "broken JSON"), ("empty_choices", "empty choices")],

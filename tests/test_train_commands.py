@@ -152,11 +152,39 @@ def test_spellings_of_2023(monkeypatch):
     assert len(notes) == 8
 
 
+def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
+    """Guards: --resume_from_checkpoint auto replaced a finished model that has no checkpoints, or the base itself."""
+    out = tmp_path / "out"
+    (out / "checkpoint-4").mkdir(parents=True)
+    assert "already holds" in run_checks.output_problem(out, None, False)
+    assert run_checks.output_problem(out, "auto", False) is None
+    (out / "config.json").write_text("{}")
+    assert run_checks.output_problem(out, "auto", False) is None
+    assert run_checks.output_problem(out, str(out / "checkpoint-4"), False) is None
+    assert "finished model" in run_checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
+    (out / "checkpoint-4").rmdir()
+    assert "finished model" in run_checks.output_problem(out, "auto", False)
+    assert run_checks.output_problem(out, "auto", True) is None
+    done = run_script(
+        "train.py", "--model_name_or_path", out, "--data_path", "seed_tasks.jsonl", "--output_dir", out,
+        "--overwrite", "True", "--resume_from_checkpoint", "False", status=2,
+    )  # fmt: skip
+    assert "would remove the base" in done.stderr and (out / "config.json").exists()
+
+
 def test_gpu_kernels_are_left_out_on_a_cpu():
     """Guards: a cluster's command tried on a laptop failed in a Triton kernel after the model was loaded."""
     pairs, notes, _ = modern("--use_liger_kernel", "True", "--tf32", "True")
     assert pairs == {} and "GPUs alone" in notes[0] and "NVIDIA" in notes[1]
     assert modern("--use_liger_kernel", "True", has_gpu=True)[0] == {"use_liger_kernel": ["True"]}
+
+
+def test_old_spellings_after_a_run_file_override_it():
+    """Guards: a run file's --warmup_steps beat a --warmup_ratio typed after it, and the note said otherwise."""
+    pairs = [("warmup_steps", ["0.03"]), ("warmup_ratio", ["0.1"]), ("group_by_length", ["True"])]
+    found = train_flags.modernise([*pairs, ("group_by_length", ["False"])], False, 1, [], [])
+    assert [values for name, values in found if name == "warmup_steps"][-1] == ["0.1"]
+    assert [values for name, values in found if name == "train_sampling_strategy"][-1] == ["random"]
 
 
 def test_one_process_needs_no_sharding():

@@ -16,6 +16,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import tiny_models  # noqa: E402
 import train_runs  # noqa: E402
 
+import checkpoint  # noqa: E402
+
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 DEEPSPEED = Path(__file__).resolve().parent.parent / "configs/default_offload_opt_param.json"
 STEPS = 20
@@ -120,6 +122,16 @@ def test_lora_merged(tiny_llama, tmp_path, way):
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     changed = {n for n, p in model.named_parameters() if not p.equal(base.get_parameter(n))}
     assert changed == {f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(2) for p in "qkv"}
+
+
+def test_lora_adapter_is_whole(tiny_llama, tmp_path):
+    """Guards: peft's model card was sealed and then replaced, so that every adapter counted as damaged."""
+    from model_loading import load_model
+
+    run, output_dir = run_way("one process", tiny_llama, tmp_path, "--max_steps", 2, "--lora_r", 4)
+    assert checkpoint.find_damage(output_dir) == [] and (output_dir / "README.md").is_file()
+    model, _ = load_model(str(output_dir))
+    assert model.config.vocab_size == 800 and "read back, every tensor as in memory" in run.output
 
 
 if __name__ == "__main__":
