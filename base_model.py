@@ -123,10 +123,11 @@ def embedding_rows(rows: int, tokens: int, multiple: int | None) -> int:
 # Loading.
 
 
-def pick_attention(wish: str | None, on_gpu: bool) -> str:
+def pick_attention(wish: str | None, on_gpu: bool) -> str | None:
+    """The attention to load a model with; None lets transformers take sdpa, or eager for a model that lacks it."""
     if wish:
         return wish
-    return "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else "sdpa"
+    return "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else None
 
 
 def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -> Any:

@@ -65,6 +65,11 @@ def convert(input_dir, output_dir, tokenizer=None):
     if vocabulary is None:
         raise UserError(f"no tokenizer.model at {' or '.join(map(str, places))}. Say where it is: --tokenizer FILE")
     params = jload(source / "params.json")
+    if params.get("n_kv_heads", params["n_heads"]) != params["n_heads"]:
+        raise UserError(
+            f"{source} has {params['n_kv_heads']} key heads for {params['n_heads']} query heads; this converter is for "
+            "the LLaMA of 2023, which has as many of one as of the other."
+        )
     parts = [{tensor.name: tensor for tensor in open_torch_file(path)[0]} for path in files]
     plan = plan_tensors(parts, params)
     headers, total = plan_shards(plan), sum(int(np.prod(shape)) * 2 for _, shape, *_ in plan.values())

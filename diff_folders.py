@@ -135,7 +135,9 @@ def small_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix in TRAVELLING and path.name not in STAYING and not path.name.endswith(".index.json")
+        if path.suffix in TRAVELLING
+        and path.name not in STAYING
+        and not path.name.endswith((".index.json", ".run.json"))
     ]
 
 

@@ -139,9 +139,9 @@ def _answer_from_server(
                 except AskError as error:
                     failed.append((row, str(error)))
                     return
+                length = reply.usage["completion"]
+                journal.add({row: {"text": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": length}})
             tokens.update(reply.usage)
-            length = reply.usage["completion"]
-            journal.add({row: {"text": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": length}})
 
         try:
             await turns.finish_all(ask(row, task) for row, task in enumerate(tasks) if row not in journal.answers)

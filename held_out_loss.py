@@ -6,6 +6,7 @@ Not a command; `python evaluation.py loss` is.
 """
 
 import math
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,11 @@ def held_out_loss(
     rows_without_response (rows whose prompt leaves no token of the output within `max_length`).
     """
     import torch
+
     from train_data import IGNORE_INDEX, PaddedCollator, tokenize_dataset
 
-    rows = tokenize_dataset(tasks, tokenizer, max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
     collate = PaddedCollator(model.generation_config.pad_token_id)
     total, tokens = 0.0, 0
     for start in range(0, len(rows), batch_size):

@@ -336,9 +336,11 @@ def serve(
                 f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one."
             )
         if (Path(merged_dir) / "config.json").is_file():
-            print(f"note: {merged_dir} is served as it is; remove it to have it written anew.")
-        else:
-            _write_merged(model_name_or_path, adapter, dtype, merged_dir)
+            raise UserError(
+                f"{merged_dir} holds a checkpoint already. To serve that: --model_name_or_path {merged_dir} alone; to "
+                "merge again choose another --merged_dir."
+            )
+        _write_merged(model_name_or_path, adapter, dtype, merged_dir)
         model_name_or_path = merged_dir
     else:
         check_model_path(model_name_or_path)  # refuses a weight diff

@@ -191,7 +191,7 @@ async def judge_pairs(
     soft = "top_logprobs" in teacher.settings
     # A reply without the odds that soft verdicts are made of is asked for again.
     known = {record["key"]: record for record in cache.records if not soft or record.get("first_token")}
-    odds_come = False
+    odds_come = bool(known)
 
     async def reply_to(prompt: str) -> dict[str, Any]:
         identity = [teacher.model, teacher.url, settings, PROMPT_VERSION, prompt]

@@ -176,7 +176,7 @@ def activation_bytes(
     from base_model import unsharded
 
     config = copy.deepcopy(config)
-    config._attn_implementation = row_attention.register() if padding_free else "sdpa"
+    config._attn_implementation = "eager" if model_args.attn_implementation == "eager" else None
     half = torch.bfloat16 if args.bf16 or args.fp16 else None
     cast = torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext()
     counted = {"layers": 0, "outside": 0, "count": 0}
@@ -187,7 +187,8 @@ def activation_bytes(
             model.requires_grad_(False)
             model.enable_input_require_grads()
         counted["count"] = len(_layers(model))
-        if padding_free and row_attention.fits(model, length):
+        if padding_free and model.config._attn_implementation == "sdpa" and row_attention.fits(model, length):
+            model.set_attn_implementation(row_attention.register())
             shape, how = (1, rows * length), {"row_lengths": (length,) * rows}
         else:
             shape, how = (rows, length), {}

@@ -76,11 +76,16 @@ step hold_out "every eighth seed task is kept out of the training, to measure on
 step train "fine-tuning on alpaca_data.json and the new tasks, under torchrun" \
     torchrun --nproc_per_node=1 train.py configs/quickstart_cpu.yaml --model_name_or_path "$run/base" \
     --data_path "alpaca_data.json,$run/generated/alpaca_data.json" --val_size 0 --eval_data_path "$run/held_out.jsonl" \
-    --output_dir "$run/tuned" --resume_from_checkpoint auto
+    --output_dir "$run/tuned" --overwrite True
 
 step loss "held-out loss and perplexity of the base and of the tuned model, on the seeds kept out" \
     python evaluation.py loss --base "$run/base" --model_name_or_path "$run/tuned" --data_path "$run/held_out.jsonl" \
     --output_dir "$run/loss" --rouge_tasks 0 --overwrite True
+
+# Whole folders that a run was broken off right behind, before it could note that the step was done.
+for name in diff:make_diff recovered:recover; do
+    if [ ! -e "$run/done/${name#*:}" ]; then rm -rf "$run/${name%:*}"; fi
+done
 
 step make_diff "the tuned weights as a difference from the base, so that they can be published apart" \
     python weight_diff.py make_diff --path_raw "$run/base" --path_tuned "$run/tuned" --path_diff "$run/diff"

@@ -112,10 +112,10 @@ def output_problem(folder: Path, resume: str | None, overwrite: bool) -> str | N
     finished = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", SEAL))
     automatic = resume.lower() in ("auto", "true", "yes")
     its_own = bool(checkpoints(folder)) if automatic else Path(resume).resolve().is_relative_to(folder.resolve())
-    if finished and not its_own:
+    if (finished or checkpoints(folder)) and not its_own:
         return (
-            f"--output_dir {folder} holds a finished model and no checkpoint to go on from: choose another, or replace "
-            "it with --overwrite True"
+            f"--output_dir {folder} holds another run's result, which --resume_from_checkpoint {resume} does not go on "
+            "from: choose another folder, or replace that result with --overwrite True"
         )
     return None
 

@@ -142,7 +142,8 @@ _attempt: contextvars.ContextVar[_Attempt | None] = contextvars.ContextVar("atte
 class Turns:
     """At most `count` requests at a time: `async with turns`, in jobs that `finish_all` runs.
 
-    After a UserError nobody has another turn, and those who have one finish: what is asked is paid for.
+    After an error, other than a request's own AskError, nobody has another turn, and those who have one finish: what
+    is asked is paid for.
     """
 
     def __init__(self, count: int):
@@ -156,11 +157,11 @@ class Turns:
 
     async def __aexit__(self, kind, error, trace) -> None:
         self._free.release()
-        if isinstance(error, UserError):
+        if isinstance(error, Exception) and not isinstance(error, AskError):
             self.error = self.error or error
 
     async def finish_all(self, jobs: Iterable[Awaitable]) -> list[Any]:
-        """The results of all `jobs`, in order. Raises the UserError that ended the turns, or any other, at the end."""
+        """The results of all `jobs`, in order. Raises what ended the turns, or any other error, when all are done."""
         results = await asyncio.gather(*jobs, return_exceptions=True)
         for result in (self.error, *results):
             if isinstance(result, BaseException):
@@ -355,6 +356,7 @@ class Teacher:
         choice = data["choices"][0]
         message = choice.get("message") or {}
         text = choice.get("text") or message.get("content") or ""
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate could be written to no file
         counted, details = data.get("usage") or {}, (data.get("usage") or {}).get("prompt_tokens_details") or {}
         usage = {
             "prompt": counted.get("prompt_tokens") or estimate_tokens(json.dumps(prompt, ensure_ascii=False)),

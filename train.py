@@ -78,7 +78,10 @@ def train(argv: list[str] | None = None) -> None:
     if args.process_index == 0:
         say(train_data.describe_example(train_set[0], tokenizer), "\n")
         say(train_report.dataset_statistics(train_set), "\n")
-        say(memory_table(memory_estimate(config, args, model_args, data_args.padding_free)), "\n")
+        try:
+            say(memory_table(memory_estimate(config, args, model_args, data_args.padding_free)), "\n")
+        except Exception as error:  # some models' code does not run on tensors without values; training goes on
+            say(f"note: no memory estimate for {config.model_type}: {type(error).__name__}: {error}\n")
     if args.dry_run:
         return
 
@@ -87,7 +90,9 @@ def train(argv: list[str] | None = None) -> None:
     inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         say(check_disk_space(config, model_args, args, len(train_set)))
-        if args.overwrite and args.should_save and not resume:  # going on from a checkpoint gives nothing up
+        # A checkpoint in there that the run goes on from is not given up.
+        goes_on = resume and Path(resume).resolve().is_relative_to(Path(args.output_dir).resolve())
+        if args.overwrite and args.should_save and not goes_on:
             clear_result(args.output_dir)
         model = load_model(model_args, args, tokenizer, say)
         trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set)

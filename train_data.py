@@ -281,7 +281,8 @@ def _write_tokens(rows, encoder: PairEncoder, max_length: int, truncation: str, 
                 bar.update(len(chunk))
         if not index:
             raise UserError(
-                f"none of the {len(rows)} rows has an answer token within {max_length} tokens; raise --model_max_length"
+                f"none of the {len(rows)} rows has an answer token within {max_length} tokens; raise that limit "
+                "(--model_max_length; in evaluation.py --max_length)"
             )
         np.save(beside / "index.npy", np.asarray(index, dtype=np.int64).reshape(-1, 3))
         hashes = {name: utils.sha256_file(beside / name) for name in ("tokens.int32", "index.npy")}

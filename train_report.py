@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import utils
+from reply_journal import read_records
 from train_data import count_tokens
 
 # Dense bfloat16 (before Ampere: float16) TFLOPS of tensor cores with float32 sums, as the makers' data sheets give
@@ -107,7 +108,8 @@ class ReportCallback(TrainerCallback):
         self.since = self.step_ended = time.monotonic()
         self.last_step = self.first_step = state.global_step
         # A resumed run keeps the lines up to its checkpoint and writes the rest anew: one line a step.
-        lines = utils.read_jsonl(self.log_file) if state.global_step and self.log_file.is_file() else []
+        # A power cut may have torn the last one.
+        lines = read_records(self.log_file) if state.global_step and self.log_file.is_file() else []
         self.lines = [line for line in lines if line["step"] <= state.global_step]
         self.tokens_before = max((line.get("tokens", 0) for line in self.lines), default=0)
         if args.device.type == "cuda":

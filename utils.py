@@ -123,7 +123,7 @@ def run_cli(commands: Mapping[str, Callable], default: str | None = None) -> Non
             parameters = inspect.signature(function).parameters.values()
             texts = {p.name: str for p in parameters if p.annotation in (str, str | None, "str", "str | None")}
             # And "false" would be a text, which is true.
-            switches = {p.name: _truth(p.name) for p in parameters if p.annotation in (bool, "bool")}
+            switches = {p.name: _truth(p.name) for p in parameters if isinstance(p.default, bool)}
             fire.decorators.SetParseFns(**texts, **switches)(function)
         result = fire.Fire(dict(commands), command=argv, name=Path(sys.argv[0]).name, serialize=lambda _: None)
     if isinstance(result, int) and not isinstance(result, bool):
@@ -353,6 +353,8 @@ def read_task(row: Any, require_output: bool = True) -> tuple[dict[str, Any], st
                 task.pop("output", None)
         elif not isinstance(value, str):
             return {}, f"{field!r} must be a string, found {type(value).__name__}: {str(value)[:40]!r}"
+        else:
+            task[field] = value.encode("utf-8", "replace").decode()  # a lone surrogate is no character
     if not task["instruction"].strip():
         return {}, "'instruction' is blank"
     return task, None
@@ -393,8 +395,9 @@ def run_record(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "outcome": "running",
     }
-    if target.is_file() and _program(_command_of(target)) != _program(record["command"]):
-        target = target.with_name(f"{'.'.join(_program(record['command']))}.{file_name}")
+    program = _program(record["command"])
+    if target.is_file() and not _same_program(_program(_command_of(target)), program):
+        target = target.with_name(f"{'.'.join(program)}.{file_name}")
     jdump(record, target)
     try:
         yield record
@@ -422,6 +425,11 @@ def _program(command: Sequence[str]) -> list[str]:
     """Script and subcommand of a command line, without their path and endings: ["evaluation", "report"]."""
     words = [Path(command[0]).stem, *command[1:2]] if command else []
     return [word for word in words if re.fullmatch(r"[A-Za-z_]\w*", word)]
+
+
+def _same_program(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two come from the same script; a subcommand that one leaves out is the default, hence the other's."""
+    return one[:1] == other[:1] and (len(one) < 2 or len(other) < 2 or one[1] == other[1])
 
 
 _SECRET = re.compile(r"(?i)api_?key|token$|secret|password")

@@ -143,8 +143,11 @@ def test_soft_judging_cancels_a_leaning_to_a_place(api, two_files, run_script, t
         silent = run_script("evaluation.py", "judge", *flags, "--soft", "True", status=2)
         assert "no log-probabilities" in silent.stderr and "leave out --soft" in silent.stderr
         server.reply = reply  # the server is mended: what it kept back is asked for again
-        mended = run_script("evaluation.py", "judge", *flags, "--soft", "True")
-        assert "2 pairs judged" in mended.stdout and "4 replies asked, 0 from the cache" in mended.stdout
+        server.reply = lambda body: "A" if shown_answers(body) == ("good", "bad") else reply(body)
+        first = run_script("evaluation.py", "judge", *flags, "--soft", "True", "--max_concurrency", "1", status=None)
+        server.reply = reply
+        mended = run_script("evaluation.py", "judge", *flags, "--soft", "True", "--overwrite", "True")
+        assert "2 pairs judged" in mended.stdout and "0 failures" in mended.stdout, first.stdout
     assert [row["preference"] for row in hard] == [1.5, 1.5]
     rows = json.loads((tmp_path / "judged" / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == [pytest.approx(1.65), pytest.approx(1.35)]
@@ -272,6 +275,17 @@ def test_answers_from_a_server_go_on_after_failures(run_script, tmp_path):
         assert row["output"] == f"Echo: {format_prompt(task)[-40:]}".strip() and row["reference"] == task["output"]
         assert row["generator"] == "fake-model"
     assert body["prompt"] == format_prompt(tasks[7]) and body["temperature"] == 0 and body["max_tokens"] == 60
+
+
+def test_a_lone_surrogate_in_a_reply_is_no_end(run_script, tmp_path):
+    """A broken half of a character could be written to no file: all answers were paid, and none could be used."""
+    data = tiny_models.write_tasks(tmp_path / "tasks.json", 3)
+    with FakeOpenAI(reply="half a smile \ud83d") as server:
+        run_script(
+            "evaluation.py", "answer", "--model", "m", "--base_url", server.base_url, "--data_path", data,
+            "--output_path", tmp_path / "answers.json",
+        )  # fmt: skip
+    assert {row["output"] for row in json.loads((tmp_path / "answers.json").read_text())} == {"half a smile ?"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

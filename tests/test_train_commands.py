@@ -161,15 +161,39 @@ def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
     (out / "config.json").write_text("{}")
     assert run_checks.output_problem(out, "auto", False) is None
     assert run_checks.output_problem(out, str(out / "checkpoint-4"), False) is None
-    assert "finished model" in run_checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
+    assert "another run's result" in run_checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
     (out / "checkpoint-4").rmdir()
-    assert "finished model" in run_checks.output_problem(out, "auto", False)
+    assert "another run's result" in run_checks.output_problem(out, "auto", False)
+    (out / "config.json").unlink()
+    (out / "run.json").write_text("{}")  # of a run that was killed before its first checkpoint
+    assert run_checks.output_problem(out, "auto", False) is None
+    (out / "config.json").write_text("{}")
     assert run_checks.output_problem(out, "auto", True) is None
     done = run_script(
         "train.py", "--model_name_or_path", out, "--data_path", "seed_tasks.jsonl", "--output_dir", out,
         "--overwrite", "True", "--resume_from_checkpoint", "False", status=2,
     )  # fmt: skip
     assert "would remove the base" in done.stderr and (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mixtral"])
+def test_other_models_train_too(kind, tiny_tied, tmp_path):
+    """Guards: models without sdpa, or whose code cannot run on tensors without values, ended in a traceback before
+    training, at the memory estimate that is only for information."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MixtralConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tied)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, n_layer=2, n_head=4)
+    experts = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, num_local_experts=2)
+    config = BloomConfig(**sizes) if kind == "bloom" else MixtralConfig(**sizes, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    argv = ["--model_name_or_path", tmp_path / "base", "--data_path", data, "--output_dir", tmp_path / "out"]
+    argv += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--save_strategy", "no", "--bf16", "True"]
+    run = train_runs.launch([*argv, "--data_cache_dir", tmp_path / "tokens"], tmp_path / "log").ok()
+    assert "read back, every tensor as in memory" in run.output
+    assert ("batches are padded" in run.output) == (kind == "bloom")
 
 
 def test_gpu_kernels_are_left_out_on_a_cpu():

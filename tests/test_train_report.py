@@ -159,6 +159,15 @@ def test_resumed_run_keeps_one_line_a_step(tmp_path):
     assert lines[-1]["tokens"] == 37
 
 
+def test_a_torn_log_line_does_not_stop_a_resumed_run(tmp_path):
+    """Half a line, left by a power cut, made --resume_from_checkpoint auto fail for good."""
+    callback, trainer = callback_for(tmp_path)
+    trainer.state.global_step = 2
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0, "tokens": 7}\n{"step": 2, "lo')
+    callback.on_train_begin(trainer.args, trainer.state, None)
+    assert [line["step"] for line in callback.lines] == [1] and callback.tokens_before == 7
+
+
 def test_pauses_are_not_training_time(tmp_path, monkeypatch):
     """Evaluation and saving between two log lines made the run look slow."""
     clock = SimpleNamespace(now=0.0)
@@ -215,7 +224,8 @@ def run_settings(**changes):
 
 
 def model_settings(**changes):
-    return SimpleNamespace(**{**dict(lora_r=0, qlora=False, dtype="float32", lora_target_modules=None), **changes})
+    settings = dict(lora_r=0, qlora=False, dtype="float32", lora_target_modules=None, attn_implementation=None)
+    return SimpleNamespace(**{**settings, **changes})
 
 
 def estimate(folder, args=None, model_args=None, **how) -> dict[str, tuple[float, float]]:
