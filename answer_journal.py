@@ -30,9 +30,7 @@ class AnswerJournal(contextlib.AbstractContextManager):
             raise UserError(f"--output_path {output_path} must end in .json or .jsonl.")
         refuse_existing(self.output_path, overwrite)
         self.path = self.output_path.with_name(self.output_path.name + ".partial.jsonl")
-        self.journal = Journal(self.path)
-        if overwrite:
-            self.journal.clear()
+        self.journal = Journal(self.path, afresh=overwrite)
         try:
             self.answers = self._read(json.loads(json.dumps(settings, default=str)))
         except BaseException:

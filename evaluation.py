@@ -225,7 +225,7 @@ def judge(
         overwrite: Replace the verdicts of an earlier run in output_dir.
     """
     import judge as judging
-    from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, find_price
+    from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, price_for
     from reply_journal import Journal
     from teacher import Teacher, served_model
 
@@ -244,12 +244,7 @@ def judge(
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
 
-    tally = judging.Tally(find_price(model, price_input, price_output))
-    if max_cost_usd is not None and tally.price is None:
-        raise UserError(
-            f"--max_cost_usd needs the price of {model}, which configs/prices.json does not list. "
-            "Give --price_input and --price_output in USD per million tokens."
-        )
+    tally = judging.Tally(price_for(model, price_input, price_output, max_cost_usd))
     settings = {
         "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
         "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,

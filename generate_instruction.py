@@ -22,7 +22,7 @@ import task_harvest
 import task_parsing
 from data_check import check, clean
 from generation_run import FileWriter, GenerationRun, Progress, Prompter
-from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, find_price
+from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, price_for
 from reply_journal import Journal
 from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
 from task_parsing import encode_prompt
@@ -145,12 +145,7 @@ def generate_instruction_following_data(
     if not dry_run:
         find_server(base_url)  # complains before anything else happens
         model_name = served_model(base_url, model_name)
-    price = find_price(model_name, price_input, price_output)
-    if max_cost_usd is not None and price is None:
-        raise UserError(
-            f"--max_cost_usd needs the price of {model_name}, which configs/prices.json does not list. "
-            "Give --price_input and --price_output in USD per million tokens."
-        )
+    price = price_for(model_name, price_input, price_output, max_cost_usd)
     if reasoning_effort is None and model_name == DEFAULT_MODEL:
         reasoning_effort = DEFAULT_MODEL_EFFORT
     seeds = load_seeds(seed_tasks_path)

@@ -78,7 +78,7 @@ def soft_verdict(first_token: Mapping[str, float]) -> float | None:
     """A preference from 1 (answer A) to 2 (answer B) by the log-probabilities of the reply's likeliest first tokens.
 
     The probability of B plus half of TIE's, among those of the three words; the tokens of TIE are its beginnings.
-    AlpacaEval 2 weighs its verdicts the same way. None where the three have less than a hundredth together.
+    AlpacaEval 2 weighs verdicts by their tokens' probabilities too. None where the three have less than a hundredth.
     """
     shares = {"A": 0.0, "B": 0.0, "TIE": 0.0}
     for token, logprob in first_token.items():

@@ -40,6 +40,19 @@ class Price:
         return dollars / 1e6 * (self.batch_factor if batch else 1.0)
 
 
+def price_for(
+    model: str, price_input: float | None, price_output: float | None, max_cost_usd: float | None
+) -> Price | None:
+    """find_price; UserError where a budget is set and the price is unknown, so that it could never be reached."""
+    price = find_price(model, price_input, price_output)
+    if max_cost_usd is not None and price is None:
+        raise UserError(
+            f"--max_cost_usd needs the price of {model}, which configs/prices.json does not list. "
+            "Give --price_input and --price_output in USD per million tokens."
+        )
+    return price
+
+
 def find_price(model: str, price_input: float | None = None, price_output: float | None = None) -> Price | None:
     """The model's price from the flags or configs/prices.json (dated snapshots cost what their family costs)."""
     table = jload(_CONFIGS / "prices.json")

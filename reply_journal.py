@@ -44,10 +44,11 @@ def _parse(content: bytes, path: str | os.PathLike) -> tuple[list[dict[str, Any]
 class Journal:
     """An open journal. `records` holds what is on disk; append adds to both, and returns when the disk has it.
 
-    Raises UserError where another process has the journal open.
+    `afresh`: forgets what stands there, however damaged. Raises UserError where another process has the journal open,
+    and where a line before the last is broken.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, afresh: bool = False):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -59,9 +60,15 @@ class Journal:
             raise UserError(
                 f"another run is writing {self.path}. Wait for it, or choose another place for the output."
             ) from error
+        if afresh:
+            os.ftruncate(self._file, 0)
         fsync_dir(self.path.parent)
         content = self.path.read_bytes()
-        self.records, whole = _parse(content, self.path)
+        try:
+            self.records, whole = _parse(content, self.path)
+        except UserError:
+            os.close(self._file)
+            raise
         if whole < len(content):
             print(f"note: the last line of {self.path} was torn by a crash and is taken out.")
             os.ftruncate(self._file, whole)
@@ -112,11 +119,6 @@ class Journal:
                 if done.cancelled():
                     continue
                 done.set_exception(error) if error else done.set_result(None)
-
-    def clear(self) -> None:
-        """Forgets all records, on disk too."""
-        os.ftruncate(self._file, 0)
-        self.records = []
 
     def close(self) -> None:
         os.close(self._file)

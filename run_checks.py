@@ -10,7 +10,7 @@ from typing import Any
 
 from checkpoint import SEAL, checkpoints
 from train_flags import read_mapping
-from utils import UserError
+from utils import UserError, is_inside
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -41,12 +41,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
         problem("--model_name_or_path is missing: a checkpoint's folder or a Hugging Face model name")
     elif Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         problem(f"--model_name_or_path: {base} has no config.json, so it is not a Hugging Face checkpoint")
-    elif (
-        output_dir
-        and run["overwrite"]
-        and Path(base).is_dir()
-        and Path(base).resolve().is_relative_to(Path(output_dir).resolve())
-    ):
+    elif output_dir and run["overwrite"] and Path(base).is_dir() and is_inside(base, output_dir):
         problem(f"--overwrite True would remove the base {base} itself: choose another --output_dir")
     elif not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         problem(f"--model_name_or_path: no folder {base}")
@@ -111,7 +106,7 @@ def output_problem(folder: Path, resume: str | None, overwrite: bool) -> str | N
         )
     finished = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", SEAL))
     automatic = resume.lower() in ("auto", "true", "yes")
-    its_own = bool(checkpoints(folder)) if automatic else Path(resume).resolve().is_relative_to(folder.resolve())
+    its_own = bool(checkpoints(folder)) if automatic else is_inside(resume, folder)
     if (finished or checkpoints(folder)) and not its_own:
         return (
             f"--output_dir {folder} holds another run's result, which --resume_from_checkpoint {resume} does not go on "

@@ -23,7 +23,7 @@ from base_model import smart_tokenizer_and_embedding_resize as smart_tokenizer_a
 from train_flags import DataArguments as DataArguments
 from train_flags import ModelArguments as ModelArguments
 from utils import PROMPT_DICT as PROMPT_DICT
-from utils import UserError, jdump, run_record
+from utils import UserError, is_inside, jdump, run_record
 
 # Names that other code imports from here: those written "as" above, and the ones below.
 IGNORE_INDEX = -100
@@ -91,7 +91,7 @@ def train(argv: list[str] | None = None) -> None:
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         say(check_disk_space(config, model_args, args, len(train_set)))
         # A checkpoint in there that the run goes on from is not given up.
-        goes_on = resume and Path(resume).resolve().is_relative_to(Path(args.output_dir).resolve())
+        goes_on = resume and is_inside(resume, args.output_dir)
         if args.overwrite and args.should_save and not goes_on:
             clear_result(args.output_dir)
         model = load_model(model_args, args, tokenizer, say)

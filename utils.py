@@ -233,6 +233,11 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         raise
 
 
+def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
+    """Whether `path` is `folder` or lies below it."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def refuse_existing(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Raises UserError where `path` is a file or a folder that holds something, unless `overwrite`."""
     path = Path(path)

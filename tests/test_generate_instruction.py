@@ -12,6 +12,7 @@ from conftest import ROOT
 from fake_openai import FakeOpenAI, made_up_reply
 
 import generate_instruction
+import model_catalog
 import task_harvest
 from reply_journal import Journal, read_records
 from utils import UserError, jload, read_jsonl
@@ -442,7 +443,7 @@ def test_a_budget_stops_the_run_and_prints_the_command_to_go_on(tmp_path, run_sc
         command += ["--model_name", "fake-model", "--num_instructions_to_generate", 52000, "--max_tokens", 900]
         command += ["--price_input", 0.5, "--price_output", 2.0, "--max_cost_usd", 0.05]
         done = run_script(*command)
-        price = generate_instruction.find_price("x", 0.5, 2.0)
+        price = model_catalog.find_price("x", 0.5, 2.0)
         cost = spent(tmp_path, price)
         one = max(price.cost(record["usage"]) for record in replies(tmp_path))
         assert 0.05 - 3 * one < cost <= 0.05

@@ -279,6 +279,10 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
         AnswerJournal(output, {})
     with pytest.raises(UserError, match="must end in"):
         AnswerJournal(tmp_path / "answers.txt", {})
+    journal.path.write_text('{"settings": {}}\nno JSON\n{"row": 1, "answer": {}}\n')
+    output.unlink()
+    with pytest.raises(UserError, match="line 2 is broken"):
+        AnswerJournal(output, {"model": "c"})
     with AnswerJournal(output, {"model": "c"}, overwrite=True) as journal:
         assert journal.answers == {}
 
