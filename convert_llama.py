@@ -12,7 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diff_folders import (
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.files import jdump, jload
+from alpaca.common.run_record import run_record
+from alpaca.weights.folders import (
     clear,
     need_space,
     output_folder,
@@ -23,8 +27,7 @@ from diff_folders import (
     work_folder,
     write_index,
 )
-from tensor_files import STORAGE, ShardWriter, Tensor, header_file_size, make_header, open_torch_file
-from utils import UserError, jdump, jload, run_cli, run_record
+from alpaca.weights.tensors import STORAGE, ShardWriter, Tensor, header_file_size, make_header, open_torch_file
 
 # Meta's name in a layer -> the name here, and the dimension along which the files of one model hold parts of it.
 LAYER = {

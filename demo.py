@@ -25,11 +25,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from answering import Sampling
-from inference import quiet_bars
-from live_answers import Filter, Run, Served, load_filter, log_run
-from model_loading import load_model
-from utils import UserError, load_tasks, run_cli
+from alpaca.answers.answering import Sampling
+from alpaca.answers.live import Filter, Run, Served, load_filter, log_run
+from alpaca.answers.loading import load_model, quiet_bars
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.tasks import load_tasks
 
 # Seeds that show a variety of work, half of them with an input.
 EXAMPLES = (

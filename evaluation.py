@@ -21,7 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, format_prompt, jdump, jload, load_tasks, refuse_existing, run_cli, run_record
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.files import jdump, jload, refuse_existing
+from alpaca.common.prompt import format_prompt
+from alpaca.common.run_record import run_record
+from alpaca.common.tasks import load_tasks
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers.
@@ -75,8 +80,9 @@ def answer(
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
     tasks = load_tasks(data_path, require_output=False)[:limit]
     if model_name_or_path is not None:
-        from answering import Sampling
-        from inference import answer_tasks, quiet_bars
+        from alpaca.answers.answer_file import answer_tasks
+        from alpaca.answers.answering import Sampling
+        from alpaca.answers.loading import quiet_bars
 
         quiet_bars()
         figures = answer_tasks(
@@ -113,9 +119,9 @@ def _answer_from_server(
 ) -> dict[str, Any]:
     from collections import Counter
 
-    from answer_journal import AnswerJournal, answered_row
-    from model_catalog import find_price
-    from teacher import AskError, Teacher, Turns
+    from alpaca.common.answer_journal import AnswerJournal, answered_row
+    from alpaca.generation.prices import find_price
+    from alpaca.generation.teacher import AskError, Teacher, Turns
 
     model, api = settings["model"], settings["api"]
     price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
@@ -224,10 +230,10 @@ def judge(
         price_output: USD per million tokens.
         overwrite: Replace the verdicts of an earlier run in output_dir.
     """
-    import judge as judging
-    from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, price_for
-    from reply_journal import Journal
-    from teacher import Teacher, served_model
+    from alpaca.answers import judge as judging
+    from alpaca.common.journal import Journal
+    from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, price_for
+    from alpaca.generation.teacher import Teacher, served_model
 
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
@@ -337,7 +343,7 @@ def report(
         seed: Of the bootstrap.
         overwrite: Replace an earlier report in output_dir.
     """
-    import win_rate
+    from alpaca.answers import win_rate
 
     if output_dir:
         refuse_existing(Path(output_dir) / "report.json", overwrite)
@@ -358,8 +364,8 @@ def report(
             f"{summary['failures']} failures not counted"
         )
     if output_dir:
-        from report_page import report_page
-        from utils import atomic_write
+        from alpaca.answers.report_page import report_page
+        from alpaca.common.files import atomic_write
 
         settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
         inputs = [annotations, folder / "annotations.json", folder / "judge.json", *([tasks] if tasks else [])]
@@ -406,9 +412,8 @@ def loss(
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
         overwrite: Replace an earlier loss.json in output_dir.
     """
-    from held_out_loss import held_out_loss, rouge_of_answers
-    from inference import quiet_bars
-    from model_loading import load_model
+    from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
+    from alpaca.answers.loading import load_model, quiet_bars
 
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)

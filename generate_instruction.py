@@ -18,16 +18,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import task_harvest
-import task_parsing
-from data_check import check, clean
-from generation_run import FileWriter, GenerationRun, Progress, Prompter
-from model_catalog import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, price_for
-from reply_journal import Journal
-from task_filters import find_word_in_string, instruction_problem, normalize_input, output_problem
-from task_parsing import encode_prompt
-from teacher import Teacher, find_server, served_model
-from utils import UserError, load_tasks, run_cli, run_record, sha256_file
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.journal import Journal
+from alpaca.common.run_record import run_record, sha256_file
+from alpaca.common.tasks import load_tasks
+from alpaca.generation import harvest as task_harvest
+from alpaca.generation import parsing as task_parsing
+from alpaca.generation.data_check import check, clean
+from alpaca.generation.filters import find_word_in_string, instruction_problem, normalize_input, output_problem
+from alpaca.generation.parsing import encode_prompt
+from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Price, estimate_tokens, price_for
+from alpaca.generation.run import FileWriter, GenerationRun, Progress, Prompter
+from alpaca.generation.teacher import Teacher, find_server, served_model
 
 __all__ = [
     "encode_prompt", "post_process_gpt3_response", "find_word_in_string", "generate_instruction_following_data",
@@ -210,7 +213,7 @@ def generate_instruction_following_data(
         inputs = [seed_tasks_path, prompt_path or task_parsing.PROMPT_FILE]
         with run_record(output_dir, record_settings, inputs) as record:
             if batch_api:
-                import batch_api as batches
+                from alpaca.generation import batch_api as batches
 
                 harvest, why, spent = batches.run(teacher, journal, prompter, price, limits, writer)
                 error = None

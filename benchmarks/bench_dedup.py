@@ -29,8 +29,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
-from rouge_index import RougeLIndex, dedup, rouge_tokens
+from alpaca.common.cli import run_cli
+from alpaca.common.files import atomic_write, refuse_existing
+from alpaca.common.run_record import git_commit, package_versions
+from alpaca.common.tasks import load_tasks
+from alpaca.generation.rouge import RougeLIndex, dedup, rouge_tokens
 
 FREQUENT = 200  # words of the file that stay where they are
 VOCABULARY = 200_000  # real and invented words together
@@ -86,12 +89,12 @@ def bench(
         overwrite: replace output_path where it exists.
     """
     if output_path:
-        utils.refuse_existing(output_path, overwrite)
+        refuse_existing(output_path, overwrite)
     if isinstance(sizes, int):
         sizes = [sizes]
     elif isinstance(sizes, str):
         sizes = [int(size) for size in sizes.split(",")]
-    texts = [task["instruction"] for task in utils.load_tasks(data_path, require_output=False)]
+    texts = [task["instruction"] for task in load_tasks(data_path, require_output=False)]
     lines = [f"# Dedup, {time.strftime('%Y-%m-%d')}", "", *environment(), ""]
     lines += [f"## One candidate against {len(texts):,} instructions", ""]
     lines += against_the_pool(texts, candidates, plain_candidates, processes)
@@ -104,18 +107,18 @@ def bench(
     table = "\n".join(lines) + "\n"
     print(table)
     if output_path:
-        with utils.atomic_write(output_path) as stream:
+        with atomic_write(output_path) as stream:
             stream.write(table)
 
 
 def environment() -> list[str]:
     """Hardware, versions, commit and command, one line each."""
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    versions = {**utils.package_versions(), "rouge_score": metadata.version("rouge_score")}
+    versions = {**package_versions(), "rouge_score": metadata.version("rouge_score")}
     return [
         f"- {os.cpu_count()} cores, {model[1] if model else platform.machine()}",
         "- " + ", ".join(f"{name} {versions[name]}" for name in ("python", "numpy", "rapidfuzz", "rouge_score")),
-        f"- commit {utils.git_commit()}, `python {shlex.join(sys.argv)}`",
+        f"- commit {git_commit()}, `python {shlex.join(sys.argv)}`",
     ]
 
 
@@ -202,7 +205,7 @@ def whole_files(data_path: str, rows: int, sizes: list[int]) -> list[str]:
 
 def one_file(data_path: str, size: int) -> None:
     """Deduplicates `size` made-up instructions, or the file's own where it is 0, and prints the figures as JSON."""
-    texts = [task["instruction"] for task in utils.load_tasks(data_path, require_output=False)]
+    texts = [task["instruction"] for task in load_tasks(data_path, require_output=False)]
     if size:
         texts = made_up_instructions(texts, size)
     begin, cpu_begin = time.perf_counter(), time.process_time()
@@ -216,4 +219,4 @@ def one_file(data_path: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    utils.run_cli({"bench": bench, "one_file": one_file}, default="bench")
+    run_cli({"bench": bench, "one_file": one_file}, default="bench")

@@ -26,10 +26,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import task_parsing
-import utils
-from generation_run import Prompter
-from utils import run_cli
+from alpaca.common.cli import run_cli
+from alpaca.common.files import jload
+from alpaca.common.run_record import git_commit
+from alpaca.common.tasks import load_tasks
+from alpaca.generation import parsing as task_parsing
+from alpaca.generation.run import Prompter
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = 17  # in a reply: the list of 20 less its three examples
@@ -76,7 +78,7 @@ def measure(concurrency: int, requests: int, latency: float) -> dict[str, float]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             whole = time.monotonic() - begin
         entries = [entry for entry in json.loads(log.read_text()) if entry["done"]]
-        rows = len(utils.jload(f"{folder}/run/alpaca_data.json"))
+        rows = len(jload(f"{folder}/run/alpaca_data.json"))
     seconds = max(entry["end"] for entry in entries) - min(entry["begin"] for entry in entries)
     ideal = ideal_seconds([entry["latency"] for entry in entries], concurrency)
     return {"requests": len(entries), "rows": rows, "seconds": seconds, "ideal": ideal, "whole": whole}
@@ -88,7 +90,7 @@ def serial_loop(requests: int, latency: float) -> float:
     from rouge_score import rouge_scorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    seeds = [{"id": str(row), **seed} for row, seed in enumerate(utils.load_tasks(ROOT / "seed_tasks.jsonl"))]
+    seeds = [{"id": str(row), **seed} for row, seed in enumerate(load_tasks(ROOT / "seed_tasks.jsonl"))]
     settings = {"seed": 0, "num_prompt_instructions": 3, "num_tasks_per_request": 20, "sample_from_generated": 0}
     prompter = Prompter(seeds, {**settings, "answer_separately": False}, task_parsing.PROMPT_FILE.read_text())
     tokenizer = DefaultTokenizer(use_stemmer=False)
@@ -121,7 +123,7 @@ def bench(
     levels = [int(level) for level in str(concurrencies).strip("()").split(",")]
     serial = serial_loop(serial_requests, latency)
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown CPU")
-    print(f"{model}, {len(os.sched_getaffinity(0))} cores; {time.strftime('%Y-%m-%d')}; commit {utils.git_commit()}")
+    print(f"{model}, {len(os.sched_getaffinity(0))} cores; {time.strftime('%Y-%m-%d')}; commit {git_commit()}")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("openai", "httpx2", "numpy"))
     print(f"Python {platform.python_version()}, {versions}; latency {latency / 2:g} to {latency * 1.5:g} s")
     print(f"`python {shlex.join(sys.argv)}`\n")

@@ -20,8 +20,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
-from utils import run_cli
+from alpaca.common.cli import run_cli
+from alpaca.common.prompt import format_prompt
+from alpaca.common.run_record import git_commit, package_versions
+from alpaca.common.tasks import load_tasks
 
 WAYS = ("row by row, twice", "this project, cold", "this project, from the cache")
 
@@ -30,11 +32,11 @@ def row_by_row(data_path: str, tokenizer, max_length: int, max_samples: int | No
     """The plain way: two tokenizer calls a row, tensors kept in lists. Returns (rows, tokens)."""
     import torch
 
-    rows = utils.load_tasks(data_path)[:max_samples]
+    rows = load_tasks(data_path)[:max_samples]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     how = dict(return_tensors="pt", padding="longest", max_length=max_length, truncation=True)
-    prompts = [utils.format_prompt(row) for row in rows]
+    prompts = [format_prompt(row) for row in rows]
     whole = [prompt + row["output"] + tokenizer.eos_token for prompt, row in zip(prompts, rows, strict=True)]
     input_ids = [tokenizer(text, **how).input_ids[0] for text in whole]
     prompt_lengths = [tokenizer(text, **how).input_ids.shape[1] for text in prompts]
@@ -49,7 +51,7 @@ def one(way: str, data_path: str, tokenizer: str, max_length: int, max_samples: 
     import torch  # noqa: F401  (the imports are not what is measured)
     from check_labels import load_tokenizer
 
-    import train_data
+    from alpaca.training import data as train_data
 
     tok = load_tokenizer(tokenizer)
     begin, before = time.perf_counter(), time.process_time()
@@ -81,10 +83,10 @@ def bench(
                 if way not in best or figures["seconds"] < best[way]["seconds"]:
                     best[way] = figures
     plain = best[WAYS[0]]
-    versions = utils.package_versions()
+    versions = package_versions()
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {time.strftime('%Y-%m-%d')}, "
-        f"commit {utils.git_commit()}, python {versions['python']}, tokenizers {versions['tokenizers']}, "
+        f"commit {git_commit()}, python {versions['python']}, tokenizers {versions['tokenizers']}, "
         f"transformers {versions['transformers']}; best of {rounds}\n"
     )
     print("| way | rows | seconds | CPU s | rows/s | times as fast | peak memory GB |")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
-from utils import run_cli
+from alpaca.common.cli import run_cli
+from alpaca.common.run_record import git_commit, package_versions
 
 WAYS = ("padded", "padding-free alone", "this recipe", "padded, 4 rows at a time")
 
@@ -31,8 +31,8 @@ class Way:
         import torch
         from transformers import AutoModelForCausalLM
 
-        import row_attention
-        import train_data
+        from alpaca.training import attention as row_attention
+        from alpaca.training import data as train_data
 
         self.name, self.device, self.half = name, device, half
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
@@ -79,7 +79,7 @@ class Way:
 
 def response_tokens(rows: list[dict]) -> int:
     """How many tokens of `rows` carry loss."""
-    from train_data import IGNORE_INDEX
+    from alpaca.training.data import IGNORE_INDEX
 
     return sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
 
@@ -103,9 +103,9 @@ def bench(
     import torch
     from transformers import AutoTokenizer
 
-    import train_data
-    from train_flags import cpu_has_bf16
-    from train_report import Flops, peak_tflops
+    from alpaca.training import data as train_data
+    from alpaca.training.arguments import cpu_has_bf16
+    from alpaca.training.report import Flops, peak_tflops
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -114,9 +114,9 @@ def bench(
     with tempfile.TemporaryDirectory() as cache:
         dataset = train_data.tokenize_dataset(train_data.load_rows(data_path), tokenizer, max_length, cache_dir=cache)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        versions = utils.package_versions()
+        versions = package_versions()
         print(
-            f"{card}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, commit {utils.git_commit()}, "
+            f"{card}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}, commit {git_commit()}, "
             f"torch {versions['torch']}, transformers {versions['transformers']}; {Path(model).name}, "
             f"{len(dataset):,} rows of {Path(data_path).name}, rows up to {max_length} tokens, {steps} steps"
         )

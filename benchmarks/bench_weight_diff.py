@@ -23,8 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tensor_files import INDEX, ShardWriter, header_tensors, make_header, pieces  # noqa: E402
-from utils import git_commit  # noqa: E402
+from alpaca.common.run_record import git_commit  # noqa: E402
+from alpaca.weights.tensors import INDEX, ShardWriter, header_tensors, make_header, pieces  # noqa: E402
 
 # hidden size, intermediate size, layers, vocabulary
 SIZES = {"tiny": (64, 128, 2, 320), "0.3B": (1024, 2816, 18, 32000), "1.3B": (2048, 5504, 24, 32000)}

@@ -16,8 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train_data
-from utils import UserError, format_prompt, run_cli
+from alpaca.common.cli import run_cli
+from alpaca.common.errors import UserError
+from alpaca.common.prompt import format_prompt
+from alpaca.training import data as train_data
 
 BATCH = 1000
 

@@ -19,7 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 MODULES = (
-    "calendar collections csv datetime decimal fractions io itertools json math random re sqlite3 statistics string textwrap"
+    "calendar collections csv datetime decimal fractions io itertools json math random re sqlite3 statistics string "
+    "textwrap"
 )
 FENCE = re.compile(r"```[\w+-]*\n(.*?)```", re.DOTALL)
 

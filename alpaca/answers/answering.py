@@ -1,0 +1,247 @@
+"""From instructions to answers: the training prompt, left-padded batches, seeded sampling, streaming.
+
+Not a command; inference.py, evaluation.py and demo.py import it.
+
+    answers = answer_batch(model, tokenizer, tasks, Sampling(max_new_tokens=256))
+    for piece in stream_answer(model, tokenizer, "Name three colours."): print(piece, end="")
+"""
+
+import dataclasses
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from alpaca.common.errors import UserError
+from alpaca.common.prompt import format_prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are generated: greedily at temperature 0, sampled above; with several beams by beam search.
+
+    Sampling draws from a generator of its own for each row, seeded with `seed` (None: another each time) and the row's
+    number: an answer does not depend on the batch it is generated in. Beam search is deterministic: temperature and
+    top_p have no part in it.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int | None = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or self.num_beams < 1:
+            raise UserError("--max_new_tokens and --num_beams must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature must be 0 (greedy) or more, --top_p above 0 and at most 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """`text` without blanks at its ends; `finish_reason`: stop, length, or prompt_too_long (then the text is empty)."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+def prompt_ids(tokenizer, task: dict[str, Any]) -> list[int]:
+    """Token ids of a task's prompt, as training sees them: with BOS where the tokenizer puts one, never with EOS."""
+    ids = tokenizer(format_prompt(task))["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def decode_answer(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that `new` ids add to the `prompt` ids, without special tokens and without blanks at its ends.
+
+    Decoded behind the prompt's last tokens, because SentencePiece drops a blank at the beginning of a text.
+    """
+    tail, options = list(prompt[-8:]), {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode(tail + list(new), **options)[len(tokenizer.decode(tail, **options)) :].strip()
+
+
+def room_for_answer(model, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """How many tokens may follow `prompt`: `max_new_tokens`, or what the model's context leaves (0 or less: none)."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+
+
+def answer_batch(
+    model, tokenizer, tasks: Sequence[dict], sampling: Sampling, row_numbers: Sequence[int] | None = None
+) -> list[Answer]:
+    """Answers `tasks` in one left-padded batch. `row_numbers` (default 0, 1, ...) seed each row's sampling.
+
+    In float32 greedy answers equal those given one at a time; in half precision a sum taken over another width may
+    round otherwise and tip a near tie between two tokens.
+    """
+    prompts = [prompt_ids(tokenizer, task) for task in tasks]
+    room = min(room_for_answer(model, prompt, sampling.max_new_tokens) for prompt in prompts)
+    if room < 1:
+        raise UserError(f"a prompt of {max(map(len, prompts))} tokens leaves no room for an answer in this model.")
+    rows = generate(model, prompts, sampling, room, row_numbers or range(len(prompts)))
+    return [
+        Answer(decode_answer(tokenizer, prompt, new), "stop" if stopped else "length", len(new) + stopped)
+        for prompt, (new, stopped) in zip(prompts, rows, strict=True)
+    ]
+
+
+def generate(
+    model,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    row_numbers: Sequence[int],
+    streamer: Any = None,
+    stopped: Callable[[], bool] | None = None,
+) -> list[tuple[list[int], bool]]:
+    """Token ids that follow each prompt, up to the end token (left out), and whether that was reached.
+
+    `prompts`: token ids, a list a row, padded on the left here with a mask of their lengths. `stopped` is asked after
+    every token and ends all rows.
+    """
+    import torch
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    settings, width = model.generation_config, max(map(len, prompts))
+    ids = torch.full((len(prompts), width), settings.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+
+    def ask_stopped(input_ids, scores, **_):
+        return torch.full((input_ids.shape[0],), stopped(), dtype=torch.bool, device=input_ids.device)
+
+    out = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=sampling.num_beams,
+        logits_processor=LogitsProcessorList(_samplers(sampling, row_numbers)),
+        stopping_criteria=StoppingCriteriaList([ask_stopped] if stopped else []),
+        streamer=streamer,
+    )
+    rows = []
+    for new in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(new) if token in settings.eos_token_id), None)
+        rows.append((new[:end], end is not None))
+    return rows
+
+
+def _samplers(sampling: Sampling, row_numbers: Sequence[int]) -> list:
+    """What to do to the scores so that their largest is a sample (nothing for greedy and beam search)."""
+    if sampling.temperature == 0 or sampling.num_beams > 1:
+        return []
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    chain = [TemperatureLogitsWarper(float(sampling.temperature)), _GumbelNoise(sampling.seed, row_numbers)]
+    if sampling.top_p < 1:
+        chain.insert(1, TopPLogitsWarper(float(sampling.top_p)))
+    return chain
+
+
+class _GumbelNoise:
+    """Adds Gumbel noise to the scores, from one generator a row: their argmax is then an exact sample of the softmax.
+
+    transformers samples a whole batch from the process's one generator, where a row's draw depends on its neighbours.
+    """
+
+    def __init__(self, seed: int | None, row_numbers: Sequence[int]):
+        entropy = os.urandom(8).hex() if seed is None else str(seed)
+        self.seeds = [
+            int.from_bytes(hashlib.sha256(f"{entropy}:{row}".encode()).digest()[:7], "big") for row in row_numbers
+        ]
+        self.generators: list = []
+
+    def __call__(self, input_ids, scores):
+        import torch
+
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+class _TokenFeed:
+    """A streamer for generate(): passes on new token ids as they come, without the prompt."""
+
+    def __init__(self, put: Callable[[list[int]], None]):
+        self.put_new, self.prompt_seen = put, False
+
+    def put(self, value):
+        if self.prompt_seen:
+            self.put_new(value.flatten().tolist())
+        self.prompt_seen = True
+
+    def end(self):
+        pass
+
+
+def stream_answer(
+    model,
+    tokenizer,
+    instruction: str,
+    input: str = "",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    seed: int | None = None,
+    stop_event: threading.Event | None = None,
+) -> Generator[str, None, Answer]:
+    """Yields an answer in pieces of text as its tokens come; joined they are the text that `answer_batch` gives.
+
+    With several beams nothing is certain before the end, so the answer comes in one piece. Generation ends early when
+    `stop_event` is set or the iterator is closed. The generator returns the whole as an Answer (StopIteration.value).
+    Raises UserError where the prompt leaves no room for an answer.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
+    prompt = prompt_ids(tokenizer, {"instruction": instruction, "input": input})
+    room = room_for_answer(model, prompt, max_new_tokens)
+    if room < 1:
+        raise UserError(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in this model.")
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    closed = threading.Event()
+
+    def stopped() -> bool:
+        return closed.is_set() or (stop_event is not None and stop_event.is_set())
+
+    def work():
+        try:
+            feed = _TokenFeed(events.put) if num_beams == 1 else None
+            events.put(generate(model, [prompt], sampling, room, [0], feed, stopped)[0])
+        except BaseException as error:
+            events.put(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    new: list[int] = []
+    sent = ""
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            done = isinstance(event, tuple)
+            new = (
+                event[0]
+                if done
+                else new + [token for token in event if token not in model.generation_config.eos_token_id]
+            )
+            text = decode_answer(tokenizer, prompt, new)
+            # A character of several bytes may still be incomplete.
+            if len(text) > len(sent) and (done or not text.endswith("\ufffd")):
+                yield text[len(sent) :]
+                sent = text
+            if done:
+                return Answer(text, "stop" if event[1] else "length", len(new) + event[1])
+    finally:
+        closed.set()
+        worker.join()

@@ -1,0 +1,79 @@
+"""Loss of a model on tasks that it was not trained on, and ROUGE-L of its answers against the references.
+
+Not a command; `python evaluation.py loss` is.
+
+    figures = held_out_loss(model, tokenizer, load_tasks("configs/eval_tasks.jsonl"))
+"""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from alpaca.common.errors import UserError
+
+
+def held_out_loss(
+    model, tokenizer, tasks: Sequence[dict], max_length: int = 512, batch_size: int = 8
+) -> dict[str, Any]:
+    """Mean negative log-likelihood (nats) of the outputs' tokens and their end token, over all tokens of all rows.
+
+    Tokens, labels and truncation are those of training. Returns loss, perplexity, tokens, rows, and
+    rows_without_response (rows whose prompt leaves no token of the output within `max_length`).
+    """
+    import torch
+
+    from alpaca.training.data import IGNORE_INDEX, PaddedCollator, tokenize_dataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
+    collate = PaddedCollator(model.generation_config.pad_token_id)
+    total, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
+        with torch.inference_mode():
+            logits = model(**batch).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        ).item()
+        tokens += int((labels != IGNORE_INDEX).sum())
+    if tokens == 0:
+        raise UserError(f"no row has a response token within --max_length {max_length}.")
+    mean = total / tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(mean),
+        "tokens": tokens,
+        "rows": len(rows),
+        "rows_without_response": len(tasks) - len(rows),
+    }
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """ROUGE-L F1 of a text against its reference: rouge_score's tokens without stemming (Lin 2004)."""
+    from rapidfuzz.distance import LCSseq
+
+    from alpaca.generation.rouge import rouge_tokens
+
+    words, wanted = rouge_tokens(text), rouge_tokens(reference)
+    common = LCSseq.similarity(words, wanted)
+    return 2 * common / (len(words) + len(wanted)) if common else 0.0
+
+
+def rouge_of_answers(
+    model, tokenizer, tasks: Sequence[dict], max_new_tokens: int = 256, batch_size: int = 8
+) -> dict[str, Any]:
+    """Mean ROUGE-L F1 of greedy answers against the tasks' outputs, and the answers' mean length in tokens."""
+    from alpaca.answers.answering import Sampling, answer_batch
+
+    sampling, answers = Sampling(max_new_tokens), []
+    for start in range(0, len(tasks), batch_size):
+        answers += answer_batch(model, tokenizer, tasks[start : start + batch_size], sampling)
+    scores = [rouge_l(answer.text, task["output"]) for answer, task in zip(answers, tasks, strict=True)]
+    return {
+        "rouge_l": sum(scores) / len(scores),
+        "rouge_tasks": len(scores),
+        "mean_answer_tokens": sum(answer.tokens for answer in answers) / len(answers),
+    }

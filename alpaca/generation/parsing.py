@@ -1,0 +1,263 @@
+"""Prompt text out, tasks in: writes the generation prompt and reads a teacher's reply as a careful person would.
+
+Pure functions on texts; generate_instruction.py asks and keeps, this file only writes and reads:
+
+    python generate_instruction.py rebuild --output_dir DIR         # full scale: reads every kept reply of a run again
+    python -c "import task_parsing as t; print(t.parse_reply('Name two planets.\n4. Output:\nMars, Venus', 4))"
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+from alpaca.common.paths import ROOT
+
+PROMPT_FILE = ROOT / "prompt.txt"
+
+# The first half of --answer_separately: tasks without their answers, in few words, for teachers that lose the thread.
+INSTRUCTIONS_PROMPT = (
+    "Here is a list of {num_tasks} different tasks that people gave to a helpful assistant. Each task can be done by "
+    "reading and writing text alone. Input is the text that the instruction speaks of, or <noinput>."
+)
+
+
+@dataclasses.dataclass
+class ParsedTask:
+    """One task of a reply. `problem` says why it cannot be read as a task; None where it can."""
+
+    number: int | None
+    instruction: str
+    input: str
+    output: str
+    problem: str | None = None
+
+
+def encode_prompt(
+    prompt_instructions: Sequence[Mapping], prompt_text: str | None = None, num_tasks: int = 20, outputs: bool = True
+) -> str:
+    """The generation prompt: the text, the example tasks (instruction, input, output), and the next task's header.
+
+    `prompt_text` defaults to prompt.txt; {num_tasks} in it is replaced. `outputs=False` leaves the answers out, for
+    teachers that are asked for instructions first.
+    """
+    text = PROMPT_FILE.read_text(encoding="utf-8") if prompt_text is None else prompt_text
+    prompt = text.replace("{num_tasks}", str(num_tasks)) + "\n"
+    for number, task in enumerate(prompt_instructions, start=1):
+        instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
+        context = "<noinput>" if task["input"] == "" else task["input"]
+        prompt += f"###\n{number}. Instruction: {instruction}\n{number}. Input:\n{context}\n"
+        if outputs:
+            prompt += f"{number}. Output:\n{task['output']}\n"
+    return prompt + f"###\n{len(prompt_instructions) + 1}. Instruction:"
+
+
+def next_list_header(num_tasks: int) -> str:
+    """The stop string for completion models: the header of a task beyond the list. It can begin no line of an answer
+    that the parser would have kept, since at a line's start it begins the next task."""
+    return f"\n{num_tasks + 1}. Instruction:"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Headers. A field header stands at the start of a line: "4. Instruction:", "**4. Input:**", "### 4) Output",
+# "Task 4: Instruction:", "Instruction:". Decoration and number are optional here; what counts is decided per reply.
+# All repetitions are bounded, so that a page of dashes costs no time.
+
+_HEADER = re.compile(
+    r"""(?mix)^
+    (?P<decoration>[#>*_•\- \t]{0,12})
+    (?:(?:task|example)[ \t]{0,3})?
+    (?:(?:no\.?|\#)?[ \t]{0,3}(?P<number>\d{1,4})
+        (?:[*_]{0,3}[.):：][*_]{0,3}\s{1,8} | [ \t]{0,3}[-–][ \t]{0,3} | [*_]{0,3}[ \t]{1,3} | [.)](?=[*_a-z]))
+    )?
+    (?P<bold>[*_]{0,3})
+    (?P<field>instruction|input|output)
+    (?:[ \t]{0,3}(?P<number_after>\d{1,4}))?
+    (?:[*_]{0,3}[ \t]{0,3}[:：]|(?P<bare>[*_]{0,3}[ \t]{0,12}$))
+    """
+)
+# The line that the prompt itself puts between tasks.
+_FORMAT_SEPARATOR = re.compile(r"(?m)^[ \t]*###[ \t]*$")
+# What teachers write in its place: a run of one sign, a single "#", an HTML comment.
+_OTHER_SEPARATOR = re.compile(r"[ \t]*(?:([#*\-=_/;~`])(?:[ \t]*\1)+|<!--.*-->|\#)[ \t]*")
+# "### Task 4", "**4.**", "4)": a title above fields that carry no number themselves.
+_TITLE = re.compile(
+    r"(?i)[ \t]*(?:[#*_> \t-]*(?:task|example)[ \t]*#?\d{1,4}|[#*_]+[ \t]*\d{1,4}|\d{1,4}[.)])[.):]?[*_: \t]*"
+)
+
+
+@dataclasses.dataclass
+class _Header:
+    start: int
+    end: int
+    field: str
+    number: int | None
+
+
+def _headers(text: str) -> list[_Header]:
+    found, numbered_after = [], []
+    for match in _HEADER.finditer(text):
+        marks = match["decoration"] + match["bold"]
+        if match["bare"] is not None and "#" not in marks and "*" not in marks:
+            continue  # "4. Output" with neither colon nor bold nor heading is the beginning of a sentence
+        number = match["number"] or match["number_after"]
+        end = match.end()
+        if "*" in marks or "_" in marks:
+            end += len(text[end : end + 3]) - len(text[end : end + 3].lstrip("*_"))  # the bold's end: "**4. Input:**"
+        found.append(_Header(match.start(), end, match["field"].lower(), int(number) if number else None))
+        if match["number_after"]:
+            numbered_after.append(found[-1])
+    # "Instruction 1:" beside "4. Output:" is a line of an answer.
+    if any(h.number is not None and h.field != "instruction" and h not in numbered_after for h in found):
+        found = [header for header in found if header not in numbered_after]
+    return found
+
+
+def parse_reply(text: str, first_number: int = 1, cut: bool = False, outputs: bool = True) -> list[ParsedTask]:
+    """The tasks of a reply that goes on after "{first_number}. Instruction:" or starts a list of its own.
+
+    `cut`: the reply was ended by its length, so its last task is dropped. `outputs=False` reads a list of
+    instructions with inputs, where answers are neither needed nor used. Fragments that are no task come back with
+    `problem` set, in the reply's order; a teacher's remarks before the list are left out.
+    """
+    text = re.sub(r"\r\n?", "\n", text)
+    text = re.sub(r"(?s)^\s*<think>.*?</think>", "", text)  # some servers leave a reasoning model's thoughts in
+    # Chat models like to repeat the number that the prompt ended with, without its "Instruction:".
+    text = re.sub(rf"^\s*{first_number}[.)]\s+(?![*_]*(?i:instruction))", "", text)
+    chunks, numbered = _split_tasks(f"{first_number}. Instruction:\n{text}", first_number, outputs)
+    last = len(chunks) - 1
+    if cut:
+        chunks = _without_cut_task(chunks)
+    elif last > 0 and _last_line(chunks[-1]) == _last_line(chunks[-2]):
+        last += 1  # the separator that stood between the tasks stands behind the last one too
+    tasks = [
+        _read_task(chunk, outputs, followed=position < last, numbered=numbered) for position, chunk in enumerate(chunks)
+    ]
+    if all(task.problem for task in tasks):
+        tasks = _read_json(text, outputs) or tasks
+    return tasks
+
+
+def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str], bool]:
+    """One piece of text a task, each beginning with its Instruction header; and whether the reply numbers its tasks.
+
+    The text's first header is the one that the prompt ended with. What follows it is a task, or a remark of a teacher
+    that begins the list anew.
+    """
+    headers = _headers(text)
+    numbered = any(header.number is not None for header in headers[1:])
+    starts = [h for h in headers if h.field == "instruction" and (h.number is not None or not numbered)]
+    bounds = [header.start for header in starts] + [len(text)]
+    chunks = [text[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    if len(starts) > 1:
+        begins_anew = starts[1].number is None or starts[1].number <= first_number
+        has_fields = any(header.field != "instruction" for header in _headers(chunks[0]))
+        # "4. Instruction:" + "Here are the tasks:", or nothing at all, and then the list.
+        if not has_fields and (begins_anew or outputs):
+            chunks = chunks[1:]
+    return chunks, numbered
+
+
+def _last_line(text: str) -> str:
+    return text.rstrip().rsplit("\n", 1)[-1].strip()
+
+
+def _without_cut_task(chunks: list[str]) -> list[str]:
+    """Drops what the length limit cut off: the last task, or only the beginning of one after a separator line."""
+    separators = list(_FORMAT_SEPARATOR.finditer(chunks[-1]))
+    if separators:
+        return [*chunks[:-1], chunks[-1][: separators[-1].start()]]
+    return chunks[:-1]
+
+
+def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool) -> ParsedTask:
+    """One task from its piece of text. `followed`: another task comes after it."""
+    start, *headers = _headers(chunk)
+
+    def first(field: str, before: int) -> _Header | None:
+        # The task's own number first, then a header without number, then one whose number slipped.
+        candidates = [header for header in headers if header.field == field and header.start < before]
+        own = [header for header in candidates if header.number == start.number]
+        plain = [header for header in candidates if header.number is None]
+        return next(iter(own or plain or candidates), None)
+
+    output = first("output", len(chunk))
+    given = first("input", output.start if output else len(chunk))
+    ends = [header.start for header in (given, output) if header]
+    instruction = _clean(chunk[start.end : min(ends, default=len(chunk))], followed and not ends)
+    if not outputs and not ends:
+        instruction = instruction.split("\n")[0].rstrip()  # the prompt's instructions are lines; the rest is talk
+    context = (
+        _clean(chunk[given.end : output.start if output else len(chunk)], followed and not output) if given else ""
+    )
+    answer = _clean(chunk[output.end :], followed, titles=not numbered) if output else ""
+    task = ParsedTask(start.number, _without_bold_end(instruction), context, answer if outputs else "")
+
+    counted = (given, output) if outputs else (given, output, *(h for h in headers if h.field == "output"))
+    extra = [
+        h for h in headers if h.number == start.number is not None and h.field != "instruction" and h not in counted
+    ]
+    if not task.instruction:
+        task.problem = "no instruction"
+    elif outputs and output is None:
+        task.problem = "no output section"
+    elif extra:
+        task.problem = f"repeated or misplaced {extra[0].field} section"
+    return task
+
+
+def _clean(field: str, followed: bool, titles: bool = False) -> str:
+    """A field's text without outer white space, and without the separators or the title that lead to the next task."""
+    separator = _FORMAT_SEPARATOR.search(field)
+    if separator:
+        return field[: separator.start()].strip()
+    lines = field.strip().split("\n")
+    while len(lines) > 1:
+        last, blank_before = lines[-1], not lines[-2].strip()
+        is_separator = _OTHER_SEPARATOR.fullmatch(last) and not _closes_fence(lines)
+        is_title = titles and _TITLE.fullmatch(last) and (blank_before or not last.strip()[0].isdigit())
+        if last.strip() and not (is_title and followed) and not (is_separator and (followed or "`" in last)):
+            break
+        lines.pop()
+    text = "\n".join(lines).rstrip()
+    bare = text.rstrip("#")  # "... of the answer. ###": the separator, glued to the last line
+    glued = len(text) - len(bare) >= (2 if not bare or bare[-1].isspace() else 3)
+    return (bare if glued else text).strip()
+
+
+def _closes_fence(lines: Sequence[str]) -> bool:
+    """True where the last line is the closing fence of a code block that these lines opened."""
+    fences = [line for line in lines if line.lstrip().startswith("```")]
+    return lines[-1].lstrip().startswith("```") and len(fences) % 2 == 0
+
+
+def _without_bold_end(text: str) -> str:
+    """ "**4. Instruction: Do it**" leaves a closing "**" behind, whose opening one belonged to the header."""
+    return text[:-2].rstrip() if text.endswith("**") and text.count("**") % 2 else text
+
+
+def _read_json(text: str, outputs: bool) -> list[ParsedTask]:
+    """Tasks of a reply in JSON or JSON lines, in a fence or bare, as a list, an object of lists or one by one."""
+    decoder, tasks, position = json.JSONDecoder(strict=False), [], 0
+    while (position := text.find("{", position)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            value, end = {}, position + 1
+        fields = {str(key).lower(): entry for key, entry in value.items()}
+        if isinstance(fields.get("instruction"), str):
+            problem = "no output section" if outputs and "output" not in fields else None
+            answer = _json_text(fields.get("output")) if outputs else ""
+            tasks.append(
+                ParsedTask(None, fields["instruction"].strip(), _json_text(fields.get("input")), answer, problem)
+            )
+            position = end
+        else:
+            position += 1  # an outer object; the tasks may be inside
+    return tasks
+
+
+def _json_text(value) -> str:
+    if value is None:
+        return ""
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

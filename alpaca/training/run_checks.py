@@ -1,0 +1,153 @@
+"""What can be known to be wrong with a training run before anything is loaded; all of it is told at once.
+
+Not a command; train_flags.read_arguments calls `check`.
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import is_inside
+from alpaca.training.arguments import read_mapping
+from alpaca.training.checkpoint import SEAL, checkpoints
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_gpu: bool) -> list[str]:
+    """Every problem that the values alone, the files and the hardware show, each with its way out."""
+    problems = []
+
+    def problem(text: str) -> None:
+        problems.append(text)
+
+    output_dir = run["output_dir"]
+    if not output_dir:
+        problem("--output_dir is missing: the folder for the result")
+    elif not run["dry_run"]:
+        if text := output_problem(Path(output_dir), run["resume_from_checkpoint"], run["overwrite"]):
+            problem(text)
+    if not data["data_path"]:
+        problem("--data_path is missing: for example --data_path ./alpaca_data.json")
+    for name in ("data_path", "eval_data_path"):
+        for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
+            if not Path(path).exists() and (path.endswith((".json", ".jsonl")) or path.startswith((".", "/"))):
+                folder = Path(path).parent
+                near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.json*")], n=1)
+                problem(f"--{name}: no file {path}." + (f" Did you mean {folder / near[0]}?" if near else ""))
+    base = model["model_name_or_path"]
+    if not base:
+        problem("--model_name_or_path is missing: a checkpoint's folder or a Hugging Face model name")
+    elif Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        problem(f"--model_name_or_path: {base} has no config.json, so it is not a Hugging Face checkpoint")
+    elif output_dir and run["overwrite"] and Path(base).is_dir() and is_inside(base, output_dir):
+        problem(f"--overwrite True would remove the base {base} itself: choose another --output_dir")
+    elif not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        problem(f"--model_name_or_path: no folder {base}")
+
+    for name, value in (("dtype", model["dtype"]), ("save_dtype", run["save_dtype"])):
+        if value not in DTYPES:
+            problem(f"--{name} {value}: expected one of {', '.join(DTYPES)}")
+    if model["merge_lora"] and not (model["lora_r"] or model["qlora"]):
+        problem("--merge_lora True needs adapters: add --lora_r 8")
+    if model["qlora"]:
+        if not has_gpu:
+            problem("--qlora needs an NVIDIA GPU; without one use --lora_r 8 alone")
+        elif importlib.util.find_spec("bitsandbytes") is None:
+            problem("--qlora needs bitsandbytes: pip install bitsandbytes")
+        if model["merge_lora"]:
+            problem(
+                "--merge_lora True cannot merge into 4-bit weights: leave it out; `python inference.py serve "
+                "--model_name_or_path OUT --merged_dir DIR` then writes and serves the plain model"
+            )
+        if run["deepspeed"]:
+            problem("--qlora and --deepspeed do not go together: ZeRO-3 cannot shard 4-bit weights")
+    if run["fsdp"] and run["deepspeed"]:
+        problem("--fsdp and --deepspeed both shard the model: leave one out")
+    if run["deepspeed"] and isinstance(run["deepspeed"], str):
+        problems += check_deepspeed(run["deepspeed"])
+
+    has_eval = bool(data["eval_data_path"]) or bool(data["val_size"])
+    for name, value in (("eval_strategy", str(run["eval_strategy"])), ("eval_on_start", run["eval_on_start"])):
+        if value not in (False, "no", "IntervalStrategy.NO") and not has_eval:
+            problem(f"--{name} {value} needs held-out rows: add --eval_data_path FILE or --val_size 200")
+    if data["eval_data_path"] and data["val_size"]:
+        problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
+    if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
+        problem(f"--val_size {data['val_size']}: expected a count of rows, or a share below 1")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+        if run[name] < 1:
+            problem(f"--{name} {run[name]}: expected at least 1")
+    if run["label_smoothing_factor"] and data["padding_free"]:
+        problem("--label_smoothing_factor needs the logits of every token: add --padding_free False")
+    if run["fp16"] and not has_gpu:
+        problem("--fp16 needs a GPU (its loss scaling does not exist on a CPU): leave it out, or use --bf16 True")
+    if run["fp16"] and run["bf16"]:
+        problem("--fp16 and --bf16 cannot both be on")
+    problems += check_packages(run)
+    for name in ("warmup_steps", "learning_rate", "weight_decay"):
+        if run[name] < 0:
+            problem(f"--{name} {run[name]}: expected 0 or more")
+    return problems
+
+
+def output_problem(folder: Path, resume: str | None, overwrite: bool) -> str | None:
+    """Why a run may not write into `folder`: it holds something that neither `resume` goes on from nor `overwrite`
+    gives up."""
+    if folder.is_file():
+        return f"--output_dir {folder} is a file"
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        return (
+            f"--output_dir {folder} already holds something and is left alone: choose another, go on from its "
+            "checkpoints with --resume_from_checkpoint auto, or replace its result with --overwrite True"
+        )
+    finished = any((folder / name).is_file() for name in ("config.json", "adapter_config.json", SEAL))
+    automatic = resume.lower() in ("auto", "true", "yes")
+    its_own = bool(checkpoints(folder)) if automatic else is_inside(resume, folder)
+    if (finished or checkpoints(folder)) and not its_own:
+        return (
+            f"--output_dir {folder} holds another run's result, which --resume_from_checkpoint {resume} does not go on "
+            "from: choose another folder, or replace that result with --overwrite True"
+        )
+    return None
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
+    """The optional packages that flags ask for and that are not there."""
+    wanted = run.get("report_to") or []
+    wanted = [(f"--report_to {name}", name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
+    wanted = [(what, name) for what, name in wanted if name in ("tensorboard", "wandb", "trackio")]
+    if run.get("use_liger_kernel"):
+        wanted.insert(0, ("--use_liger_kernel True", "liger_kernel"))
+    return [
+        f"{what} needs {name.replace('_', '-')}: pip install {name.replace('_', '-')}"
+        for what, name in wanted
+        if not installed(name)
+    ]
+
+
+def check_deepspeed(path: str) -> list[str]:
+    """What is wrong with a DeepSpeed file, or with this machine for it."""
+    try:
+        config = read_mapping(path, "--deepspeed")
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    if importlib.util.find_spec("deepspeed") is None:
+        problems.append("--deepspeed: the package is not installed; pip install deepspeed")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is False:
+        # The original's file says so, and its users' saved models had no weights in them.
+        problems.append(
+            f'--deepspeed {path}: "stage3_gather_16bit_weights_on_model_save": false leaves checkpoints without '
+            "weights; set it to true"
+        )
+    return problems

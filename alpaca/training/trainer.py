@@ -1,0 +1,197 @@
+"""transformers' Trainer, with a loss that is watched, held-out loss exact to the token, and saves that survive a kill.
+
+Not a command; train.py uses it. Loop, sharding, precision, resuming are Trainer's.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from alpaca.common.errors import UserError
+from alpaca.training import checkpoint
+
+IGNORE_INDEX = -100
+
+
+class SupervisedTrainer(Trainer):
+    """Trainer whose batches are rows of `input_ids` and `labels`, padded or end to end."""
+
+    report = None  # a train_report.ReportCallback: counts tokens, completes the log lines
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.report:
+            self.report.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs, start_time=None):
+        if self.report and "loss" in logs:
+            self.report.add_figures(logs)
+        super().log(logs, start_time)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's loss: the sum over answer tokens by their number in the global batch. Stops where it is nan."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss):
+            rows = rows_of_batch(inputs, self.train_dataset)
+            error = UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch held rows "
+                f"{', '.join(map(str, rows))} of the training rows (the first is 0). Often the learning rate is too "
+                "high, or the base's weights are broken; --save_steps decides what can be resumed."
+            )
+            if self.args.process_index:  # the first process speaks for all, but only this one has seen these rows
+                print(f"error: {error}", file=sys.stderr)
+            raise error
+        return result
+
+    def held_out_loss(self, dataset, max_batches: int | None = None) -> dict[str, float]:
+        """Mean loss over every answer token of `dataset`: the same number for any batch size, format and rank count.
+
+        Rank r takes batches r, r + W, ...; where ranks run out of batches they repeat one with weight 0, since sharded
+        models need everybody in each forward pass.
+        """
+        size = self.args.per_device_eval_batch_size
+        starts = list(range(0, len(dataset), size))[:max_batches]
+        world, rank = self.args.world_size, self.args.process_index
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for turn in range(math.ceil(len(starts) / world)):
+                mine = turn * world + rank
+                start = starts[mine if mine < len(starts) else 0]
+                rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
+                inputs = self._prepare_inputs(self.data_collator(rows))
+                targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+                count = (targets != IGNORE_INDEX).sum().item()
+                loss = model(**inputs).loss.item()
+                if mine < len(starts):
+                    total += torch.tensor([loss * count, count], dtype=torch.float64)
+        model.train(was_training)
+        if world > 1:
+            # float32 is what every backend and device reduces; the counts stay exact far beyond any held-out set.
+            total = self.accelerator.reduce(total.float().to(self.args.device)).double().cpu()
+        return {"loss": (total[0] / total[1]).item(), "tokens": int(total[1])}
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        begin = time.monotonic()
+        found = self.held_out_loss(self.eval_dataset if eval_dataset is None else eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - begin, 3)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def probe_logits(self, probe: torch.Tensor) -> torch.Tensor:
+        """Float32 logits, on the CPU, of the model as it stands for the (1, n) token ids `probe`; all ranks call it."""
+        model = self.model_wrapped
+        model.eval()
+        with torch.no_grad():
+            return model(input_ids=probe.to(self.args.device)).logits.float().cpu()
+
+
+def rows_of_batch(inputs: dict[str, Any], dataset: Any) -> list[int]:
+    """Which of the rows that `dataset` was made from stand in a batch, padded or end to end, found by their tokens."""
+    wanted = set(sequences(inputs))
+    longest = max(map(len, wanted))
+    short_enough = [i for i, length in enumerate(dataset.lengths) if length <= longest]
+    return [int(dataset.source_rows[i]) for i in short_enough if tuple(dataset[i]["input_ids"].tolist()) in wanted]
+
+
+def sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
+    ids = inputs["input_ids"].tolist()
+    if (positions := inputs.get("position_ids")) is not None:
+        starts = [i for i, p in enumerate(positions[0].tolist()) if p == 0]
+        for begin, end in zip(starts, [*starts[1:], len(ids[0])], strict=True):
+            yield tuple(ids[0][begin:end])
+    else:
+        for row, mask in zip(ids, inputs["attention_mask"].tolist(), strict=True):
+            yield tuple(token for token, real in zip(row, mask, strict=True) if real)
+
+
+class HeldOutLoss(TrainerCallback):
+    """Two batches of the held-out rows before step 1, so that evaluation cannot fail first after hours; all at the end.
+
+    `--eval_on_start True` measures all of them before step 1 too.
+    """
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.eval_dataset is not None and not args.eval_on_start:
+            self.trainer.held_out_loss(self.trainer.eval_dataset, max_batches=2 * args.world_size)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        finished = state.global_step >= state.max_steps
+        measured = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+        if self.trainer.eval_dataset is not None and finished and not measured:
+            self.trainer.evaluate()
+
+
+class SayShards(TrainerCallback):
+    """Says how much of the model each process holds, so that sharding that did not happen is seen at once."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if (args.fsdp or args.deepspeed) and args.process_index == 0:
+            held, total = local_and_total(model)
+            print(f"each of {args.world_size} processes holds {held:,} of {total:,} weights", flush=True)
+
+
+def local_and_total(model) -> tuple[int, int]:
+    """Weights of `model` in this process's memory, and in all: FSDP2's DTensors, ZeRO-3's partitions, or whole ones."""
+    held = total = 0
+    for weight in model.parameters():
+        total += getattr(weight, "ds_numel", weight.numel())
+        local = weight.to_local() if hasattr(weight, "to_local") else getattr(weight, "ds_tensor", weight)
+        held += local.numel()
+    return held, total
+
+
+class SealCheckpoints(TrainerCallback):
+    """Checksums into each checkpoint once every rank has written; only then do older ones go."""
+
+    def __init__(self, trainer: SupervisedTrainer, keep: int | None):
+        self.trainer, self.keep = trainer, keep
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+            checkpoint.seal(folder, kind="checkpoint", step=state.global_step, processes=args.world_size)
+            checkpoint.rotate(args.output_dir, self.keep, state.best_model_checkpoint)
+        self.trainer.accelerator.wait_for_everyone()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler's warning) finishes the step, saves a checkpoint and ends training on all ranks together."""
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer, self.asked, self.stopped = trainer, False, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def remember(number, frame):
+            self.asked = True
+
+        self.previous = signal.signal(signal.SIGTERM, remember)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if args.world_size > 1:
+            # The signal reaches the ranks in different steps; a save needs all of them in the same one.
+            asked = bool(self.trainer.accelerator.reduce(torch.tensor(float(asked), device=args.device)).item())
+        if asked and not self.stopped:
+            self.stopped = True
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        # After a stop a launcher that ends its processes sends more of them, and this one still has to write run.json.
+        if not self.stopped:
+            signal.signal(signal.SIGTERM, self.previous)

@@ -1,0 +1,399 @@
+"""inference.py and what it stands on: loading, batches, sampling, streaming, files that survive a kill, serving."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import tiny_models
+import torch
+
+from alpaca.answers.answer_file import answer_file as write_answers
+from alpaca.answers.answering import Answer, Sampling, answer_batch, prompt_ids, room_for_answer, stream_answer
+from alpaca.answers.loading import load_model
+from alpaca.common.answer_journal import AnswerJournal
+from alpaca.common.errors import UserError
+from alpaca.common.prompt import format_prompt
+
+TASKS = tiny_models.make_tasks(9)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_llama, tiny_opt, tiny_tied):
+    return {"llama": load_model(str(tiny_llama)), "opt": load_model(str(tiny_opt)), "tied": load_model(str(tiny_tied))}
+
+
+def one_by_one(model, tokenizer, sampling, tasks=TASKS):
+    return [answer_batch(model, tokenizer, [task], sampling, [row])[0] for row, task in enumerate(tasks)]
+
+
+def copy_of(folder, target):
+    return shutil.copytree(folder, target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts and batches.
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "tied"])
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, 0.8, 0.9, seed=3), Sampling(8, num_beams=3)])
+def test_batched_answers_equal_one_by_one(loaded, name, sampling):
+    """Left padding with a wrong mask or wrong positions, pad = eos taken for the end, one generator for all rows."""
+    model, tokenizer = loaded[name]
+    assert answer_batch(model, tokenizer, TASKS, sampling) == one_by_one(model, tokenizer, sampling)
+
+
+def test_batched_answers_equal_one_by_one_on_the_embedded_model():
+    """The same on a real model, which stops by itself at different lengths."""
+    model, tokenizer = load_model("embedded")
+    tasks = [
+        {"instruction": "Name three colours.", "input": ""},
+        {"instruction": "Say which word is a fruit.", "input": "stone, apple, river, a very long word and a short one"},
+        {"instruction": "What is 2+2?", "input": ""},
+    ]
+    batched = answer_batch(model, tokenizer, tasks, Sampling(16))
+    assert batched == one_by_one(model, tokenizer, Sampling(16), tasks)
+    assert {"stop", "length"} >= {answer.finish_reason for answer in batched} and batched[0].finish_reason == "stop"
+    assert "Red" in batched[0].text
+
+
+def test_prompt_ids_are_those_of_training(loaded):
+    """A prompt with other ids than in training (no BOS, an EOS behind it) makes a fine-tuned model talk nonsense."""
+    from alpaca.training.data import PairEncoder
+
+    for model, tokenizer in loaded.values():
+        encoder = PairEncoder(tokenizer)
+        for task in TASKS:
+            prompt = format_prompt(task)
+            (ids, prompt_length, _) = next(encoder([prompt], [task["output"] + tokenizer.eos_token]))
+            assert prompt_ids(tokenizer, task) == ids[:prompt_length]
+        assert model.generation_config.eos_token_id == [2]
+    assert prompt_ids(loaded["llama"][1], TASKS[0])[0] == 1
+
+
+def test_sampling_is_seeded_and_exact(loaded):
+    """The same seed gives the same answers, another seed others; drawn tokens follow the softmax."""
+    model, tokenizer = loaded["tied"]
+    first = answer_batch(model, tokenizer, TASKS, Sampling(12, 1.0, seed=1))
+    assert first == answer_batch(model, tokenizer, TASKS, Sampling(12, 1.0, seed=1))
+    assert first != answer_batch(model, tokenizer, TASKS, Sampling(12, 1.0, seed=2))
+
+    from alpaca.answers.answering import _GumbelNoise
+
+    scores = torch.log(torch.tensor([0.5, 0.3, 0.2])).repeat(20000, 1)
+    drawn = _GumbelNoise(7, range(20000))(None, scores).argmax(-1).bincount() / 20000
+    assert torch.allclose(drawn, torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
+
+
+def test_a_row_that_ends_does_not_touch_its_neighbours(loaded):
+    """After its EOS a row is padded; the answer stops there, and rows that go on must not change."""
+    model, tokenizer = loaded["llama"]
+    alone = one_by_one(model, tokenizer, Sampling(10), TASKS[:3])
+
+    def end_row_zero(module, args, out):
+        out[0, -1, 2] += 1e4
+        return out
+
+    hook = model.lm_head.register_forward_hook(end_row_zero)
+    try:
+        together = answer_batch(model, tokenizer, TASKS[:3], Sampling(10))
+    finally:
+        hook.remove()
+    assert together[0] == Answer("", "stop", 1)
+    assert together[1:] == alone[1:]
+
+
+def test_prompts_that_nearly_fill_the_context(loaded, tmp_path):
+    """Too long a prompt gets an empty answer that says so; one with little room left does not shorten the others or
+    run beyond OPT's table of positions."""
+    model, tokenizer = loaded["opt"]
+
+    def long(words):
+        return {"instruction": "Count.", "input": "zebra " * words}
+
+    def length(task):
+        return len(prompt_ids(tokenizer, task))
+
+    words = max(n for n in range(100, 600) if length(long(n)) < 1024)
+    tasks = [TASKS[0], long(words), long(words + 40), TASKS[1]]
+    with AnswerJournal(tmp_path / "answers.json", {}) as journal:
+        figures = write_answers(model, tokenizer, tasks, journal, Sampling(30), batch_size=4)
+        answers = [Answer(**journal.answers[row]) for row in range(4)]
+    assert answers[0] == answer_batch(model, tokenizer, [TASKS[0]], Sampling(30))[0]
+    assert answers[1].tokens == room_for_answer(model, prompt_ids(tokenizer, tasks[1]), 30) < 30
+    assert answers[2] == Answer("", "prompt_too_long", 0)
+    assert figures["answers"] == 4 and figures["tokens"] == 30 + answers[1].tokens + 30
+    with pytest.raises(UserError, match="no room"):
+        list(stream_answer(model, tokenizer, **tasks[2]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streaming.
+
+
+@pytest.mark.parametrize("name", ["opt", "tied"])
+def test_streamed_pieces_are_the_answer(loaded, name):
+    """Pieces cut inside a character, or a lost last piece."""
+    model, tokenizer = loaded[name]
+    for sampling in (Sampling(24), Sampling(24, 0.9, 0.95, seed=5), Sampling(8, num_beams=2)):
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "num_beams": sampling.num_beams}
+        for task in TASKS[:3]:
+            pieces = list(
+                stream_answer(
+                    model, tokenizer, task["instruction"], task["input"], sampling.max_new_tokens, seed=5, **settings
+                )
+            )
+            assert "".join(pieces) == answer_batch(model, tokenizer, [task], sampling)[0].text
+            assert len(pieces) > 1 or sampling.num_beams > 1
+
+
+def test_stream_stops_when_told_and_when_left(loaded):
+    """A stop that only hides the text would keep the processor busy to the last token."""
+    model, tokenizer = loaded["tied"]
+    stop, before = threading.Event(), threading.active_count()
+    pieces = []
+    for piece in stream_answer(model, tokenizer, "Say something.", max_new_tokens=1500, stop_event=stop):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            stop.set()
+    assert len(pieces) < 1000
+    stream = stream_answer(model, tokenizer, "Say something.", max_new_tokens=1500)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading.
+
+
+def test_the_checkpoints_own_sampling_defaults_do_not_leak(tiny_tied, loaded, tmp_path):
+    """A generation_config.json with penalties and temperatures would make "greedy" answers something else."""
+    folder = copy_of(tiny_tied, tmp_path / "model")
+    odd = {"do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0, "eos_token_id": [2, 7], "max_length": 3}
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    model, tokenizer = load_model(str(folder))
+    assert model.generation_config.eos_token_id == [2, 7]
+    assert answer_batch(model, tokenizer, TASKS[:2], Sampling(8)) == answer_batch(
+        *loaded["tied"], TASKS[:2], Sampling(8)
+    )
+
+
+def test_folders_that_are_no_model(tiny_llama, tmp_path):
+    """A base of 32,000 rows beside a tokenizer of 32,001, a lost tensor, a weight diff, a typo: said, not loaded."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    base = copy_of(tiny_llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match="800 rows of embeddings, its tokenizer 801"):
+        load_model(str(base))
+
+    torn = copy_of(tiny_llama, tmp_path / "torn")
+    tensors = load_file(torn / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, torn / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors .*layers\.1\.mlp\.up_proj"):
+        load_model(str(torn))
+
+    diff = copy_of(tiny_llama, tmp_path / "diff")
+    config = json.loads((diff / "config.json").read_text())
+    (diff / "config.json").write_text(json.dumps({**config, "weight_diff": {}}))
+    with pytest.raises(UserError, match=r"weight diff[\s\S]*weight_diff.py recover"):
+        load_model(str(diff))
+
+    with pytest.raises(UserError, match=f"Did you mean {tmp_path / 'base'}"):
+        load_model(str(tmp_path / "bass"))
+    copy_of(tiny_llama, tmp_path / "out" / "checkpoint-5")
+    with pytest.raises(UserError, match="no config.json.*checkpoint-5"):
+        load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("new_token", [False, True])
+def test_lora_adapter(tiny_llama, tmp_path, new_token):
+    """Its base comes from its config, and with tokens added in training the base gets the rows they need."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    if new_token:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=new_token)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+
+    found, its_tokenizer = load_model(str(tmp_path / "adapter"))
+    assert len(its_tokenizer) == found.get_input_embeddings().weight.shape[0] == 800 + new_token
+    ids = torch.tensor([prompt_ids(its_tokenizer, TASKS[0])])
+    with torch.inference_mode():
+        assert torch.allclose(found(input_ids=ids).logits, tuned.eval()(input_ids=ids).logits, atol=1e-5)
+        plain, _ = load_model(str(tiny_llama))
+        assert not torch.allclose(found(input_ids=ids).logits[..., :800], plain(input_ids=ids).logits, atol=1e-3)
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/gone/base"})
+    )
+    with pytest.raises(UserError, match="/gone/base, which is not there.*--adapter"):
+        load_model(str(tmp_path / "adapter"))
+    named, _ = load_model(str(tiny_llama), adapter=str(tmp_path / "adapter"))
+    with torch.inference_mode():
+        assert torch.equal(named(input_ids=ids).logits, found(input_ids=ids).logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The journal.
+
+
+def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
+    """A kill in mid-write leaves half a line; going on with another model or length would mix two runs in one file."""
+    output = tmp_path / "answers.jsonl"
+    with AnswerJournal(output, {"model": "a", "seed": 0}) as journal:
+        journal.add({0: {"text": "zero"}, 2: {"text": "two\nlines"}})
+        with pytest.raises(UserError, match="another run is writing"):
+            AnswerJournal(output, {"model": "a", "seed": 0})
+    with open(journal.path, "a", encoding="utf-8") as stream:
+        stream.write('{"row": 1, "answer": {"text": "to')
+    with pytest.raises(UserError, match='model: "a" then, "b" now'):
+        AnswerJournal(output, {"model": "b", "seed": 0})
+    with AnswerJournal(output, {"model": "a", "seed": 0}) as journal:
+        assert journal.answers == {0: {"text": "zero"}, 2: {"text": "two\nlines"}}
+        journal.add({1: {"text": "one"}})
+        journal.finish([journal.answers[row] for row in range(3)])
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["zero", "one", "two\nlines"]
+    assert not journal.path.exists()
+    with pytest.raises(UserError, match="already exists"):
+        AnswerJournal(output, {})
+    with pytest.raises(UserError, match="must end in"):
+        AnswerJournal(tmp_path / "answers.txt", {})
+    journal.path.write_text('{"settings": {}}\nno JSON\n{"row": 1, "answer": {}}\n')
+    output.unlink()
+    with pytest.raises(UserError, match="line 2 is broken"):
+        AnswerJournal(output, {"model": "c"})
+    with AnswerJournal(output, {"model": "c"}, overwrite=True) as journal:
+        assert journal.answers == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def test_252_tasks_killed_in_the_middle_and_resumed(tiny_tied, run_script, tmp_path):
+    """No task twice, none missing, and the same answers as a run that nobody killed, in another batch size."""
+    tasks = [
+        {"id": f"t{i}", "instruction": task["instruction"], "instances": [{"input": task["input"], "output": "gold"}]}
+        for i, task in enumerate(tiny_models.make_tasks(252))
+    ]
+    data = tmp_path / "tasks.jsonl"
+    data.write_text("".join(json.dumps(task) + "\n" for task in tasks), encoding="utf-8")
+    flags = ["--model_name_or_path", tiny_tied, "--data_path", data, "--max_new_tokens", "12"]
+    output, journal = tmp_path / "killed.json", tmp_path / "killed.json.partial.jsonl"
+
+    command = [sys.executable, "inference.py", *map(str, flags), "--output_path", str(output), "--batch_size", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 40):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    held = journal.read_bytes().count(b"\n") - 1
+    assert 40 <= held < 252 and not output.exists()
+
+    done = run_script("inference.py", *flags, "--output_path", output, "--batch_size", "32")
+    assert f"{held} of 252 answers are there already" in done.stdout and "tokens/s" in done.stdout
+    rows = json.loads(output.read_text())
+    assert [row["id"] for row in rows] == [task["id"] for task in tasks]
+    assert all(row["reference"] == "gold" and row["output"] for row in rows) and not journal.exists()
+    assert json.loads((tmp_path / "killed.run.json").read_text())["outcome"] == "finished"
+    run_script("inference.py", *flags, "--output_path", tmp_path / "whole.jsonl", "--batch_size", "16")
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert whole == rows
+    refused = run_script("inference.py", *flags, "--output_path", output, status=2)
+    assert "already exists" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_one_instruction_and_two_models_side_by_side(tiny_tied, tiny_opt, run_script, tmp_path):
+    """Fire reads "a, b" as a tuple and 7 as a number; an instruction is a text."""
+    one = run_script(
+        "inference.py", "--model_name_or_path", tiny_tied, "--instruction", "red, blue", "--input", "7",
+        "--max_new_tokens", "5",
+    )  # fmt: skip
+    model, tokenizer = load_model(str(tiny_tied))
+    wanted = answer_batch(model, tokenizer, [{"instruction": "red, blue", "input": "7"}], Sampling(5))[0].text
+    assert one.stdout.strip() == wanted and "tokens/s" in one.stderr
+    data = tiny_models.write_tasks(tmp_path / "tasks.json", 5)
+    two = run_script(
+        "inference.py", "--model_name_or_path", tiny_tied, "--base", tiny_opt, "--data_path", data, "--limit", "2",
+        "--max_new_tokens", "5",
+    )  # fmt: skip
+    assert two.stdout.count("base:") == two.stdout.count("tuned:") == 3 and "[2]" in two.stdout
+    assert "[3]" not in two.stdout
+
+
+def test_chat_in_the_terminal(tiny_opt):
+    """Instruction, input, answer, again, until the input ends."""
+    command = [sys.executable, "inference.py", "chat", "--model_name_or_path", str(tiny_opt), "--max_new_tokens", "6"]
+    done = subprocess.run(command, input="Say hi.\n\nSort.\nb, a\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Instruction:") == 3 and done.stderr.count("tokens/s") == 2
+
+
+def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
+    """A misspelt flag or a missing instruction costs a second, not a model's loading."""
+    from alpaca.answers import answering
+
+    misspelt = run_script("inference.py", "--model_name", tiny_opt, "--instruction", "x", status=2)
+    assert "Did you mean --model_name_or_path" in misspelt.stderr
+    nothing = run_script("inference.py", "--model_name_or_path", tiny_opt, status=2)
+    assert "--instruction" in nothing.stderr and "Traceback" not in nothing.stderr
+    for wrong in ({"temperature": -1}, {"top_p": 0}, {"max_new_tokens": 0}, {"num_beams": 0}):
+        with pytest.raises(UserError):
+            answering.Sampling(**wrong)
+    code = "import inference, evaluation, sys; print('torch' in sys.modules, 'openai' in sys.modules)"
+    assert run_script("-c", code).stdout.split() == ["False", "False"]
+
+
+def test_serve_hands_the_checkpoint_to_a_server(tiny_tied, tmp_path):
+    """The served model answers as the local one does, on 127.0.0.1 alone, and a taken port is said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "inference.py", "serve", "--model_name_or_path", str(tiny_tied), "--port", str(port)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True)
+    try:
+        base = f"http://127.0.0.1:{port}/v1"
+        for _ in range(600):
+            assert process.poll() is None, process.stdout.read()
+            try:
+                urllib.request.urlopen(f"{base}/models", timeout=20).read()
+                break
+            except urllib.error.HTTPError:
+                raise
+            except OSError:
+                time.sleep(0.2)
+        taken = subprocess.run(command, capture_output=True, text=True)
+        assert taken.returncode == 2 and "is taken" in taken.stderr
+        body = {"model": str(tiny_tied), "prompt": format_prompt(TASKS[0]), "max_tokens": 8, "temperature": 0}
+        request = urllib.request.Request(
+            f"{base}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        served = json.load(urllib.request.urlopen(request, timeout=60))["choices"][0]["text"]
+        assert served.strip() == answer_batch(*load_model(str(tiny_tied)), TASKS[:1], Sampling(8))[0].text
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)

@@ -1,0 +1,264 @@
+"""data_check.py and task_filters.py: every kind of bad row is found, and `clean` writes the others."""
+
+import json
+
+import pytest
+
+from alpaca.generation import data_check
+from alpaca.generation import filters as task_filters
+from alpaca.generation.filters import instruction_problem, is_no_input, normalize_input, output_problem
+
+GOOD = [
+    {"instruction": "Name three fruits that grow on trees.", "input": "", "output": "Apples, pears and plums."},
+    {"instruction": "Sort the words by the alphabet.", "input": "pear, fig", "output": "fig, pear", "note": "kept"},
+    {"instruction": "Erkläre kurz, was ein Fluß ist.", "input": "", "output": "Fließendes Wasser – in einem Bett."},
+]
+BAD = [
+    ("unreadable", {"instruction": "Write about the sea.", "input": "x"}),
+    ("unreadable", ["not", "an", "object"]),
+    ("unreadable", {"instruction": "Add up all the numbers.", "input": 3, "output": "3"}),
+    ("output: empty output", {"instruction": "Tell me a short joke.", "input": "", "output": " \n"}),
+    ("output: placeholder output", {"instruction": "Design an emblem for us.", "input": "", "output": "<nooutput>"}),
+    (
+        "output: refusal",
+        {"instruction": "Wake me up at five.", "input": "", "output": "As an AI language model, I cannot do that."},
+    ),
+    (
+        "output: contains the next task",
+        {
+            "instruction": "Give advice about sleeping well.",
+            "input": "",
+            "output": "Go to bed early.\n##\n18. Instruction: Identify the noun.\n18. Input:\nThe apple\n",
+        },
+    ),
+    ("instruction: fewer than 4 words", {"instruction": "Say a word.", "input": "", "output": "Word."}),
+    (
+        'instruction: asks for more than text: "picture"',
+        {"instruction": "Describe the Picture of an old castle.", "input": "", "output": "Old."},
+    ),
+    ("exact duplicate", {**GOOD[1], "instruction": "SORT the words by the alphabet. ", "output": "another"}),
+    (
+        "near duplicate",
+        {"instruction": "Name four fruits that grow on trees.", "input": "", "output": "Figs, dates, limes, kiwis."},
+    ),
+]
+MARKERS = [
+    (
+        data_check.NO_INPUT,
+        {"instruction": "Compare tea with strong coffee.", "input": "<No Input>.", "output": "Weaker."},
+    ),
+    (data_check.OTHER_MARKER, {"instruction": "Explain why the sky is blue.", "input": "N/A", "output": "Scattering."}),
+]
+ROWS = [GOOD[0], GOOD[1], *[row for _, row in BAD], *[row for _, row in MARKERS], GOOD[2]]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def test_check_names_each_bad_row(run_script, dataset, tmp_path):
+    """Guards the report: each kind of fault under its name and row, both texts of a duplicate, exit status 1."""
+    report_path = tmp_path / "report.json"
+    done = run_script("generate_instruction.py", "check", dataset, "--json_path", report_path, status=1)
+    report = json.loads(report_path.read_text(encoding="utf-8"))
+    found = {(name, entry["row"]) for name, entries in report["problems"].items() for entry in entries}
+    assert found == {(name, number) for number, (name, _) in enumerate(BAD + MARKERS, start=3)}
+    assert report["rows"] == len(ROWS) and report["bad_rows"] == len(BAD) + len(MARKERS)
+    assert report["problems"]["near duplicate"] == [
+        {
+            "row": 13,
+            "text": "Name four fruits that grow on trees.",
+            "f1": 2 * (6 / 7) * (6 / 7) / (6 / 7 + 6 / 7),
+            "repeats_row": 1,
+            "repeats": "Name three fruits that grow on trees.",
+        }
+    ]
+    for text in (
+        "16 rows, 13 of them",
+        "'output' is missing",
+        "Name four fruits",
+        "Name three fruits",
+        "18. Instruction",
+    ):
+        assert text in done.stdout, text
+
+
+def test_check_of_good_rows_exits_0(run_script, tmp_path):
+    """Guards use in scripts: status 0 exactly where nothing is wrong, for JSONL and regen.json rows as well."""
+    path = tmp_path / "regen.jsonl"
+    extra = {"most_similar_instructions": {"a": 0.1}, "avg_similarity_score": 0.05}
+    path.write_text("".join(json.dumps({**row, **extra}) + "\n" for row in GOOD), encoding="utf-8")
+    done = run_script("generate_instruction.py", "check", path)
+    assert "3 rows, 0 of them with a problem" in done.stdout
+
+
+def test_the_data_that_ships_is_clean(run_script):
+    """Guards the project's own data against the faults that it reports in others'."""
+    run_script("generate_instruction.py", "check", "alpaca_data.json")
+    run_script("generate_instruction.py", "check", "seed_tasks.jsonl")
+
+
+def test_clean_writes_the_good_rows(run_script, dataset, tmp_path):
+    """Guards `clean`: good rows unchanged in their order, markers emptied, UTF-8 with indent 4, and check passes."""
+    output = tmp_path / "clean.json"
+    done = run_script("generate_instruction.py", "clean", dataset, "--output", output)
+    want = [GOOD[0], GOOD[1], *[{**row, "input": ""} for _, row in MARKERS], GOOD[2]]
+    assert output.read_text(encoding="utf-8") == json.dumps(want, ensure_ascii=False, indent=4)
+    assert "5 rows written, 11 dropped" in done.stdout and "refusal" in done.stdout
+    run_script("generate_instruction.py", "check", output)
+
+
+def test_clean_leaves_files_alone(run_script, dataset, tmp_path):
+    """Guards other people's results: no overwriting without the flag, nothing written where no row is good."""
+    output = tmp_path / "clean.json"
+    output.write_text("mine")
+    done = run_script("generate_instruction.py", "clean", dataset, "--output", output, status=2)
+    assert "--overwrite True" in done.stderr and output.read_text() == "mine"
+    run_script("generate_instruction.py", "clean", dataset, "--output", output, "--overwrite", "True")
+    assert len(json.loads(output.read_text())) == 5
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(BAD[3][1]))
+    done = run_script("generate_instruction.py", "clean", bad, "--output", tmp_path / "none.jsonl", status=2)
+    assert "no row" in done.stderr and not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_bad_row_takes_no_good_one_with_it():
+    """Guards the order of filters: the good row stays where an earlier row with the same instruction has no output."""
+    rows = [{**GOOD[0], "output": ""}, GOOD[0], {**GOOD[0], "output": "again"}]
+    report, good = data_check.inspect_rows(rows, duplicates_among_good=True)
+    assert good == [GOOD[0]]
+    assert [entry["row"] for entry in report["problems"][data_check.EXACT]] == [3]
+    report, _ = data_check.inspect_rows(rows)
+    assert [entry["row"] for entry in report["problems"][data_check.EXACT]] == [2, 3]
+
+
+def test_user_errors(run_script, dataset):
+    """Guards messages for people: a missing file, broken JSON and a threshold in percent end with status 2."""
+    assert (
+        "Did you mean" in run_script("generate_instruction.py", "check", dataset.with_name("dta.json"), status=2).stderr
+    )
+    done = run_script("generate_instruction.py", "check", dataset, "--threshold", "70", status=2)
+    assert "--threshold" in done.stderr and "Traceback" not in done.stderr
+    dataset.write_text('[{"instruction": "cut')
+    assert "not valid JSON" in run_script("generate_instruction.py", "check", dataset, status=2).stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["No input", "Noinput", "<no input>", "<NO INPUT>", "no input.", '"<noinput>"', "`<noinput>`", r"\<noinput\>",
+     r"{\noinput}", "[No Input]", ":\n<noinput>", "<noinput?", "< noinput >", "no-input", "No_Input", "<noinput>\n11",
+     "No input required.", "no input needed", "N/A", "n/a", "<N/A>", "NA", "None", "<none>", "none.", "(none provided)",
+     "null", "nil", "Not applicable", "No additional input", "This task requires no input.", "There is no input."],
+)  # fmt: skip
+def test_no_input_markers(text):
+    """Guards the spellings of "no input" that teachers use; 599 rows of the released data train models on them."""
+    assert is_no_input(text) and normalize_input(text) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "No lemon", "The boy <noinput> the ball", "Na", "None of the students", "[3, 4, <noinput>]", "1->2->NULL",
+     "Noisy", "No, I haven't seen it", "no", "nothing", "0", "-", "no input " * 50],
+)  # fmt: skip
+def test_inputs_that_are_inputs(text):
+    """Guards real inputs that look like markers: gaps to fill, lists that end in NULL, sodium."""
+    assert not is_no_input(text) and normalize_input(text) == text.strip()
+
+
+@pytest.mark.parametrize(
+    "instruction, reason",
+    [
+        ("Name a river", "fewer than 4 words"),
+        ("Name a long river", None),
+        (" ".join(["word"] * 150), None),
+        (" ".join(["word"] * 151), "more than 150 words"),
+        ("Write a program that sorts", 'starts with "Write a program"'),
+        ("write a program that sorts", None),
+        ("Describe the image you see", 'asks for more than text: "image"'),
+        ("Imagine an imaginary imagery club", None),
+        ("Please GO TO the shop now", 'asks for more than text: "go to"'),
+        ("Profile the mapping of drawings", None),
+        ("'Quote' this one for me", "starts with punctuation"),
+        ("Élan is what you need", "starts with a non-ASCII character"),
+        ("Need élan for this one", None),
+        ("", "fewer than 4 words"),
+        ("写一首关于春天的诗", "fewer than 4 words"),
+    ],
+)
+def test_instruction_filters(instruction, reason):
+    """Guards the original's filters: their limits, whole words in any case, and which beginnings are refused."""
+    assert instruction_problem(instruction) == reason
+
+
+def test_instructions_of_any_language():
+    """Guards --unicode_dedup against filters that let no Chinese or French beginning pass."""
+    assert instruction_problem("写一首关于春天的诗", any_language=True) is None
+    assert instruction_problem("写诗", any_language=True) == "fewer than 4 words"
+    assert instruction_problem("Écris un court poème", any_language=True) is None
+    assert instruction_problem("Écris une description du plot", any_language=True) == 'asks for more than text: "plot"'
+
+
+def test_find_word_in_string():
+    """Guards the helper that forks import: whole words, any case, and signs that regular expressions read."""
+    assert task_filters.find_word_in_string("map", "The MAP.") and not task_filters.find_word_in_string("map", "maps")
+    assert not task_filters.find_word_in_string("a.c", "abc")
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("", "empty output"),
+        ("\n ", "empty output"),
+        ("<nooutput>", "placeholder output"),
+        ("No Output", "placeholder output"),
+        ("<noinput> \n\nThe instruction cannot be completed.", "placeholder output"),
+        ("N/A (no visual output)", "placeholder output"),
+        ("[Insert bar chart]", "placeholder output"),
+        ("<graph of cases by population>", "placeholder output"),
+        ("[Picture of a bus with circles around its wheels]", "placeholder output"),
+        ("...", "placeholder output"),
+        ("None", "placeholder output"),
+        ("[1, 2, 3]", None),
+        ("<html>\n<body>picture</body>\n</html>", None),
+        ('<img src="logo.png" alt="logo">', None),
+        ("[Scene: A small park.]\n\nAlice: Hello!", None),
+        ("0", None),
+        ("I'm sorry, but I can't assist with that.", "refusal"),
+        ("I’m unable to fulfill this request.", "refusal"),
+        ("Sorry, this task involves creating visual output which the model cannot generate.", "refusal"),
+        ("This task cannot be performed by a GPT model.", "refusal"),
+        ("I'm sorry for what I said and did.", None),
+        ("I apologize for arriving late - I could not find the road.", None),
+        ("I can't believe that!", None),
+        ("Unable to comprehend the problem, he sought help.", None),
+        ("The task is hard, but it can be done.", None),
+        ("This task cannot wait until tomorrow.", None),
+        ("Sleep well.\n///\n14. Instruction: Calculate the mean.", "contains the next task"),
+        ("Sleep well.\n\n\n6. Instruction: Sort the list.\n6. Input:\n3, 1", "contains the next task"),
+        ("```\ncode\n```\n**7. Instruction:** Name a river.", "contains the next task"),
+        ("Ingredients: eggs.\nInstructions:\n1. Beat the eggs.", None),
+        ("4. Output the result\n5. Input and output devices: a mouse", None),
+        ("# Output: 90", None),
+    ],
+)
+def test_output_checks(output, reason):
+    """Guards outputs: stand-ins and refusals go, while apologies, recipes, markup and lists that resemble them stay."""
+    assert output_problem("Do what is asked of you.", output) == reason
+
+
+def test_none_may_be_the_answer():
+    """Guards "None" where the instruction offers it among the answers."""
+    assert output_problem("Identify the type of correlation (positive, negative, or none).", "None.") is None
+    assert task_filters.contains_task_header("no header here, see 3. Instruction: below") is False
+
+
+def test_blank_lines_cost_little():
+    """Guards against patterns whose time grows with the square of a run of blanks: this one would take hours."""
+    blanks = " " * 1_000_000
+    for text in (f"a\n{blanks}b", f"{blanks}b", f"a{blanks}", "#" * 1_000_000, "[" + "a " * 500_000):
+        assert output_problem("Do what is asked of you.", text) is None
+        assert not is_no_input(text)

@@ -1,0 +1,356 @@
+"""teacher.py and utils.openai_completion against a local server: what is retried, what stops, what is renamed."""
+
+import asyncio
+import datetime
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from fake_openai import FakeOpenAI
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import jload
+from alpaca.generation import prices as model_catalog
+from alpaca.generation import teacher
+from alpaca.generation.teacher import AskError, Teacher
+from utils import OpenAIDecodingArguments, openai_completion
+
+
+def ask(server, prompts=("Say something.",), close=True, **options):
+    """Replies (or AskErrors) to prompts asked at the same time, and the Teacher."""
+    options = {"model": "fake-model", "base_url": server.base_url, "max_tokens": 2000, "max_retries": 4, **options}
+
+    async def main():
+        one = Teacher(**options)
+        try:
+            tasks = [one.ask(prompt, stop=["\n21. Instruction:"]) for prompt in prompts]
+            return await asyncio.gather(*tasks, return_exceptions=True), one
+        finally:
+            await one.close()
+
+    results, one = asyncio.run(main())
+    for result in results:
+        if isinstance(result, UserError):
+            raise result
+    return results, one
+
+
+def once(fault, times=1):
+    """A server that misbehaves for its first requests only."""
+    return lambda number, body: fault if number < times else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replies.
+
+
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_a_reply_has_text_usage_and_identity(api):
+    """Everything that the journal keeps of a reply is read from either endpoint."""
+    with FakeOpenAI(reply={"text": "Hello.", "finish_reason": "length"}) as server:
+        (reply,), _ = ask(server, ["Say hello to me."], api=api, temperature=0.5)
+        sent = server.log[0]["body"]
+    assert (reply.text, reply.finish_reason, reply.model) == ("Hello.", "length", "fake-model")
+    assert reply.usage == {"prompt": 4, "completion": 1} and reply.request_id.startswith("req_")
+    assert sent["temperature"] == 0.5 and sent["max_tokens"] == 2000
+    assert ("stop" in sent) == (api == "completions")  # reasoning models refuse it, and chat needs none
+
+
+def test_auto_takes_chat_and_goes_over_to_completions_where_there_is_none():
+    """SA#63: chat models, base models and local servers without a chat template, from the same command."""
+    with FakeOpenAI(chat=False) as server:
+        replies, one = ask(server, ["a", "b", "c"])
+    assert [reply.text != "" for reply in replies] == [True] * 3 and one.api == "completions"
+    with FakeOpenAI(completions=False) as server:
+        _, one = ask(server)
+    assert one.api == "chat"
+
+
+def test_messages_without_content_or_usage():
+    """A refusal has null content, and some servers count no tokens: neither may break the run or cost nothing."""
+    with FakeOpenAI(reply={"text": None, "finish_reason": "stop", "usage": None}) as server:
+        (reply,), _ = ask(server)
+    assert reply.text == "" and reply.usage["prompt"] > 0 and reply.usage["completion"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is retried, and for how long.
+
+
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [
+        ("429", "429 rate limit"),
+        ("500", "500 server error"),
+        ("503", "503 server error"),
+        ("reset", "connection lost"),
+        ("reset_early", "connection lost"),
+        ("broken_json", "broken JSON"),
+        ("empty_choices", "empty choices"),
+    ],
+)
+def test_passing_faults_are_retried_and_counted(fault, counted):
+    """Each of these once lost a request or stopped a run."""
+    with FakeOpenAI(faults=once(fault)) as server:
+        replies, one = ask(server)
+    assert replies[0].text and one.counts[counted] == 1
+
+
+def test_a_length_limit_refused_under_both_names_ends():
+    """The two names were tried in turn for ever, as fast as the server could refuse them."""
+    with FakeOpenAI(refuses=("max_tokens", "max_completion_tokens")) as server:
+        (error,), _ = ask(server)
+        tries = len(server.log)
+    assert isinstance(error, AskError) and "not supported" in str(error) and tries < 15
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [("500", "server error"), ("broken_json", "broken JSON"), ("empty_choices", "empty choices")],
+)
+def test_lasting_faults_end_in_a_bounded_number_of_tries(fault, kind):
+    """The original retried for ever."""
+    with FakeOpenAI(faults={fault: 1.0}) as server:
+        (error,), _ = ask(server, max_retries=1)
+        tries = len(server.log)
+    assert isinstance(error, AskError) and error.kind == kind and tries <= 4
+
+
+def test_a_drip_or_a_hang_meets_the_request_timeout():
+    """A server that sends a byte now and then never meets a read timeout: the whole attempt has a limit."""
+    with FakeOpenAI(faults={"hang": 1.0}) as server:
+        (error,), _ = ask(server, request_timeout=0.2, max_retries=0)
+    assert isinstance(error, AskError) and error.kind == "timeout"
+    with FakeOpenAI(faults={"drip": 1.0}) as server:
+        (reply,), _ = ask(server, request_timeout=5.0)
+    assert reply.text
+
+
+def test_all_requests_wait_as_the_server_says():
+    """A 429 closes the gate for everybody: no request is sent before Retry-After is over."""
+    with FakeOpenAI(faults=once("429"), retry_after=0.6) as server:
+
+        async def main():
+            one = Teacher("fake-model", server.base_url, max_retries=3)
+            first = asyncio.create_task(one.ask("first"))
+            await asyncio.sleep(0.2)  # the 429 is here now
+            await asyncio.gather(first, *(one.ask(f"prompt {i}") for i in range(8)))
+            await one.close()
+
+        asyncio.run(main())
+        refused, *others = server.log
+    assert len(others) == 9
+    assert min(entry["begin"] for entry in others) - refused["end"] > 0.55
+
+
+def test_retry_after_in_all_its_spellings():
+    """Seconds, milliseconds, a date, nothing."""
+    soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100)
+    assert teacher._retry_after({"retry-after": "2.5"}) == 2.5
+    assert teacher._retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
+    assert 95 < teacher._retry_after({"retry-after": soon.strftime("%a, %d %b %Y %H:%M:%S GMT")}) <= 100
+    assert teacher._retry_after({}) == teacher._retry_after({"retry-after": "soon"}) == 1.0
+
+
+def test_a_rate_limit_that_never_ends_stops_the_run(monkeypatch):
+    """Bounded too: the message says what the server wants."""
+    monkeypatch.setattr(teacher, "RATE_LIMIT_PATIENCE", 1.5)
+    with FakeOpenAI(faults={"429": 1.0}, retry_after=0.01) as server, pytest.raises(UserError, match="limits the rate"):
+        ask(server, max_retries=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stops at once.
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("401", "does not accept the key.*Incorrect API key"),
+        ("403", "forbids this.*Country not supported"),
+        ("404", "no model or endpoint.*does not exist"),
+        ("quota", "quota.*exhausted.*exceeded your current quota"),
+        ("policy", "refuses the prompt's content.*flagged"),
+    ],
+)
+def test_permanent_errors_stop_at_the_first_reply_with_their_reason(fault, words):
+    """A wrong key was retried for ever as a "rate limit"."""
+    with FakeOpenAI(faults={fault: 1.0}) as server:
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            ask(server)
+        assert len(server.log) == 1
+
+
+def test_no_server_is_told_at_once():
+    """A wrong --base_url is the user's to mend, not twenty failures in a row."""
+    with FakeOpenAI() as server:
+        pass
+    with pytest.raises(UserError, match="(?s)no connection to http://127.0.0.1.*Is the server running"):
+        ask(server, max_retries=1)
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch):
+    """Keys belong neither into messages nor into files."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-word")
+    with FakeOpenAI(key="sk-secret-word") as server:
+        assert ask(server)[0][0].text
+    with FakeOpenAI(key="sk-another") as server, pytest.raises(UserError) as caught:
+        ask(server)
+    assert "secret" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parameters, lengths, names, prices.
+
+
+def test_refused_parameters_are_dropped_or_renamed_with_one_warning(capsys):
+    """Reasoning models refuse stop, temperature, logit_bias and max_tokens with a 400."""
+    refused = ("max_tokens", "temperature", "logit_bias")
+    with FakeOpenAI(refuses=refused) as server:
+        replies, _ = ask(server, [f"p{i}" for i in range(10)], temperature=0.7, extra={"logit_bias": {"50256": -100}})
+        last = server.log[-1]["body"]
+    assert all(reply.text for reply in replies)
+    assert last["max_completion_tokens"] == 2000 and not set(refused) & set(last)
+    notes = capsys.readouterr().err
+    assert [notes.count(f"refuses {name}") for name in refused] == [1, 1, 1]
+
+
+def test_an_unknown_400_is_shown_and_stops():
+    """Only known parameters are dropped; anything else is for the user to read."""
+    with FakeOpenAI(refuses=("model",)) as server, pytest.raises(UserError, match="'model' is not supported"):
+        ask(server)
+
+
+def test_a_reply_is_shortened_to_fit_the_models_context():
+    """The original's "Please reduce your prompt" handling, bounded."""
+    with FakeOpenAI(faults={"context": 1.0}) as server:
+        (reply,), one = ask(server)
+        assert reply.text and server.log[-1]["body"]["max_tokens"] <= 1024
+        assert one.counts["reply shortened to fit the model"] == len(server.log) - 1
+    with FakeOpenAI(faults={"context": 1.0}, context_room=0) as server:
+        (error,), _ = ask(server)
+        assert len(server.log) < 20
+    assert isinstance(error, AskError) and error.kind == "prompt too long"
+
+
+def test_retired_models_are_refused_before_any_request(monkeypatch):
+    """text-davinci-003 is in every old command; OpenAI shut it down on 2024-01-04. Elsewhere the name is free."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with pytest.raises(UserError, match=f"2024-01-04.*{teacher.DEFAULT_MODEL}"):
+        Teacher("text-davinci-003")
+    with FakeOpenAI(models=("text-davinci-003",)) as server:
+        assert ask(server, model="text-davinci-003")[0][0].text
+
+
+def test_shutdown_dates_of_the_model_list(monkeypatch, capsys):
+    """GET /v1/models knows dates that the shipped table does not."""
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+
+    async def check(server, model="new-model"):
+        one = Teacher(model, server.base_url)
+        one.official = True
+        await one.check_model()
+        await one.close()
+
+    with FakeOpenAI(models=("new-model",), shutdown_date="2025-01-01") as server:
+        with pytest.raises(UserError, match="shut down new-model on 2025-01-01"):
+            asyncio.run(check(server))
+        with pytest.raises(UserError, match="does not exist"):
+            asyncio.run(check(server, "no-model"))
+    with FakeOpenAI(models=("new-model",), shutdown_date="2999-01-01") as server:
+        asyncio.run(check(server))
+    assert "will shut down new-model on 2999-01-01" in capsys.readouterr().out
+
+
+def test_defaults_are_current_and_priced():
+    """The default model is in the price table and not in the table of retired names."""
+    assert model_catalog.find_price(teacher.DEFAULT_MODEL).output > 0
+    model_catalog.check_retired(teacher.DEFAULT_MODEL)
+    dates = [day for day in jload("configs/retired_models.json") if day[0].isdigit()]
+    assert dates == sorted(dates) and len(jload("configs/prices.json")["as_of"]) == 10
+
+
+def test_prices():
+    """Flags before table, snapshots as their family, cached tokens and batches at their own price."""
+    price = model_catalog.find_price("x", price_input=1.0, price_output=10.0)
+    assert price.cost({"prompt": 1_000_000, "completion": 500_000}) == pytest.approx(6.0)
+    assert price.cost({"prompt": 1_000_000, "completion": 500_000}, batch=True) == pytest.approx(3.0)
+    cached = model_catalog.Price(1.0, 10.0, cached_input=0.1)
+    assert cached.cost({"prompt": 1000, "cached": 600, "completion": 0}) == pytest.approx(460e-6)
+    assert model_catalog.find_price("gpt-4o-mini-2024-07-18") == model_catalog.find_price("gpt-4o-mini")
+    assert model_catalog.find_price("some-local-model") is None
+    with pytest.raises(UserError, match="go together"):
+        model_catalog.find_price("x", price_input=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The original's openai_completion.
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with FakeOpenAI(reply=lambda body: f"re: {body.get('prompt') or body['messages'][-1]['content']}") as running:
+        monkeypatch.setenv("OPENAI_BASE_URL", running.base_url)
+        yield running
+
+
+def test_openai_completion_single_list_and_text(server):
+    """Forks import it: a text gives one completion, a list a list in the same order, return_text the texts."""
+    arguments = OpenAIDecodingArguments(max_tokens=7)
+    one = openai_completion("hello", arguments, "fake-model")
+    assert (one.text, one["text"], one.finish_reason) == ("re: hello", "re: hello", "stop") and one.total_tokens > 0
+    prompts = [f"p{i}" for i in range(20)]
+    many = openai_completion(prompts, arguments, "fake-model", batch_size=5, return_text=True)
+    assert many == [f"re: p{i}" for i in range(20)]
+    assert openai_completion(prompts, arguments, "m", max_instances=2, return_text=True) == ["re: p0", "re: p1"]
+    assert len(openai_completion(prompts, arguments, "m", batch_size=2, max_batches=3)) == 6
+    body = server.log[-1]["body"]
+    assert body["max_tokens"] == 7 and body["temperature"] == 0.2
+    assert not {"n", "stream", "echo", "suffix", "logprobs", "presence_penalty"} & set(body)
+
+
+def test_openai_completion_chat_messages_n_and_kwargs(server):
+    """Chat messages as prompts, n > 1 as a nested list, further parameters passed on."""
+    message = {"role": "user", "content": "hi"}
+    assert openai_completion(message, OpenAIDecodingArguments(), "m", return_text=True) == "re: hi"
+    talk = [{"role": "system", "content": "be kind"}, message]
+    texts = openai_completion(
+        [talk, message, "x"], OpenAIDecodingArguments(n=2), "m", return_text=True, logit_bias={"5": 1}
+    )
+    assert texts == [["re: hi"] * 2, ["re: hi"] * 2, ["re: x"] * 2]
+    assert server.log[-1]["body"]["logit_bias"] == {"5": 1}
+    assert max(len(entry["body"]["messages"]) for entry in server.log) == 2
+
+
+def test_openai_completion_over_completions_and_errors(server):
+    """Base models without chat work; a permanent error comes as UserError with the server's words."""
+    server.chat = False
+    assert openai_completion(["a", "b"], OpenAIDecodingArguments(), "m", return_text=True) == ["re: a", "re: b"]
+    server.faults = {"quota": 1.0}
+    with pytest.raises(UserError, match="quota"):
+        openai_completion(["a", "b"], OpenAIDecodingArguments(), "m")
+    with pytest.raises(UserError, match="stream"):
+        openai_completion("a", OpenAIDecodingArguments(stream=True), "m")
+
+
+def test_importing_is_cheap():
+    """Neither openai nor torch is loaded by importing the scripts; training must not depend on either client."""
+    code = "import sys, json, teacher, utils, generate_instruction; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert not {"openai", "torch", "transformers", "numpy", "httpx2"} & set(loaded)
+
+
+def test_the_gate_lets_nobody_through_early():
+    """A second, shorter wait never opens the gate before the first one is over."""
+
+    async def main():
+        gate = teacher.Gate()
+        gate.close(0.3)
+        gate.close(0.1)
+        begin = time.monotonic()
+        await asyncio.gather(*(gate.wait() for _ in range(5)))
+        return time.monotonic() - begin
+
+    assert asyncio.run(main()) >= 0.3

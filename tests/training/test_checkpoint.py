@@ -1,0 +1,149 @@
+"""Seals, resuming, rotation, disk space, and the check of a written model."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from alpaca.common.errors import UserError
+from alpaca.training import checkpoint
+
+
+def make_checkpoint(run: Path, step: int, sealed: bool = True) -> Path:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "optimizer.pt").write_bytes(b"state" * step)
+    if sealed:
+        checkpoint.seal(folder, step=step)
+    return folder
+
+
+def flip_bit(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_newest_complete_is_resumed(tmp_path):
+    """Guards: a run killed while saving resumed from the half-written folder, which has the highest number."""
+    make_checkpoint(tmp_path, 9)
+    make_checkpoint(tmp_path, 100)
+    make_checkpoint(tmp_path, 200, sealed=False)
+    assert checkpoint.to_resume_from("auto", tmp_path, say=lambda *_: None) == str(tmp_path / "checkpoint-100")
+
+
+def test_auto_starts_anew_where_nothing_was_finished(tmp_path):
+    """Guards: the same command with auto has to work for the first start of a job too."""
+    make_checkpoint(tmp_path, 5, sealed=False)
+    assert checkpoint.to_resume_from("auto", tmp_path, say=lambda *_: None) is None
+    assert checkpoint.to_resume_from("auto", tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    """Guards: a shard with one wrong bit, or cut short, was loaded without a word."""
+    good, bad = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    file = bad / "model.safetensors"
+    if damage == "flip":
+        flip_bit(file, 5000)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match="model.safetensors"):
+        checkpoint.to_resume_from(str(bad), tmp_path)
+    passed_over = []
+    assert checkpoint.to_resume_from("auto", tmp_path, say=passed_over.append) == str(good)
+    assert "model.safetensors" in passed_over[0]
+    shutil.rmtree(good)
+    with pytest.raises(UserError, match="--overwrite True"):
+        checkpoint.to_resume_from("auto", tmp_path, say=passed_over.append)
+
+
+def test_rotation_never_leaves_a_run_without_a_complete_checkpoint(tmp_path):
+    """Guards: with save_total_limit 1 the old checkpoint was deleted while the new one was not yet complete."""
+    old = make_checkpoint(tmp_path, 10)
+    new = make_checkpoint(tmp_path, 20, sealed=False)
+    checkpoint.rotate(tmp_path, keep=1)
+    assert old.exists() and new.exists()
+    checkpoint.seal(new, step=20)
+    best = make_checkpoint(tmp_path, 5)
+    checkpoint.rotate(tmp_path, keep=1, best=str(best))
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-5"]
+
+
+def test_disk_space_is_asked_for_before_training(tmp_path, monkeypatch):
+    """Guards: hours of training ended in "no space left on device" at the save."""
+    many = 10**16
+    with pytest.raises(UserError, match="GB free"):
+        checkpoint.check_disk(str(tmp_path / "new"), many, 2, saves=1, keep=None, trainable=many)
+    # 7B in 16 bit, one checkpoint kept and one being written: 14 + 2 x 84 GB.
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
+    text = checkpoint.check_disk(str(tmp_path), 7 * 10**9, 2, saves=100, keep=1, trainable=7 * 10**9)
+    assert text.startswith("182.0 GB of disk (14.0 GB model, 2 checkpoints of 84.0 GB)")
+    # A run that goes on needs no room for the checkpoint that is there.
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/optimizer.pt").write_bytes(bytes(1000))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
+    checkpoint.check_disk(str(tmp_path), 100, 2, saves=1, keep=None, trainable=100)
+    with pytest.raises(UserError, match="GB free"):
+        checkpoint.check_disk(str(tmp_path / "elsewhere"), 100, 2, saves=1, keep=None, trainable=100)
+
+
+def test_verify_command(tmp_path, run_script):
+    """Guards: nobody could tell whether a copied checkpoint was still whole."""
+    make_checkpoint(tmp_path, 1)
+    assert "as it was written" in run_script("checkpoint.py", "verify", tmp_path).stdout
+    flip_bit(tmp_path / "checkpoint-1/optimizer.pt", 2)
+    assert "optimizer.pt was changed" in run_script("checkpoint.py", "verify", tmp_path, status=1).stdout
+
+
+@pytest.fixture(scope="module")
+def written(tiny_llama):
+    """(model, its weights, a probe, its logits) to write."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    probe = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        expected = model(input_ids=probe).logits
+    return model, dict(model.state_dict()), probe, expected
+
+
+def test_written_model_is_read_back(written, tiny_llama, tmp_path):
+    """Guards: checkpoints that could not be loaded, or lacked what a reader needs, were found out by their users."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, weights, probe, expected = written
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    done = checkpoint.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
+    assert done["dtype"] == "float32" and done["difference"] == 0
+    assert checkpoint.find_damage(tmp_path) == [] and not list(tmp_path.glob(".*"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.use_cache and again.config.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fault", ["nan", "other weights", "missing"])
+def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
+    """Guards: a save that gathered the wrong or no weights left a model that talks gibberish, with exit status 0."""
+    import torch
+    from transformers import AutoTokenizer
+
+    model, weights, probe, expected = written
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    if fault == "nan":
+        weights["model.norm.weight"][3] = float("nan")
+    elif fault == "other weights":
+        weights["model.layers.0.mlp.up_proj.weight"].mul_(1.5)
+    else:
+        del weights["model.layers.1.mlp.down_proj.weight"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="not what was trained"):
+        checkpoint.write_verified(
+            model, weights, torch.float32, AutoTokenizer.from_pretrained(tiny_llama), tmp_path, probe, expected, 1e-3
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,266 @@
+"""The command lines of 2023 and the shipped run files, as they are typed."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import train_runs
+import yaml
+
+from alpaca.common.errors import UserError
+from alpaca.training import arguments as train_flags
+from alpaca.training import run_checks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# The README of 2023, but for its placeholders and, so that a test ends, the number of rows.
+COMMAND = """
+torchrun --nproc_per_node=4 --master_port={port} train.py --model_name_or_path {model} --data_path {data} --bf16 True --output_dir {out}
+  --num_train_epochs 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8
+  --evaluation_strategy "no" --save_strategy "steps" --save_steps 2000 --save_total_limit 1 --learning_rate 2e-5 --weight_decay 0.
+  --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1 {sharding} --tf32 True
+"""  # noqa: E501
+LLAMA = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'"""
+OPT = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'"""
+OFFLOAD = """--fsdp "full_shard auto_wrap offload" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'"""
+ZERO3 = """--deepspeed "./configs/default_offload_opt_param.json\""""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def typed(sharding, model, folder) -> list[str]:
+    data = tiny_models.write_tasks(folder / "alpaca_data.json", 150)
+    text = COMMAND.format(port=free_port(), model=model, data=data, out=folder / "out", sharding=sharding)
+    return shlex.split(text)
+
+
+def check_result(output: str, out: Path, vocabulary: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for line in (
+        "--evaluation_strategy no is now --eval_strategy no",
+        "--warmup_ratio 0.03 is now --warmup_steps 0.03",
+        "--tf32 True needs an NVIDIA GPU",
+    ):
+        assert f"note: {line}" in output
+    assert len(train_runs.losses(out)) == 6  # 150 rows in batches of 128, three times
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == vocabulary
+    assert "each of 4 processes holds" in output and (out / "checkpoint-6/checksums.json").is_file()
+
+
+@pytest.mark.parametrize("name, sharding", [("llama", LLAMA), ("opt", OPT)])
+def test_command_of_2023_under_torchrun(name, sharding, tiny_llama, tiny_opt, tmp_path):
+    """Guards: current parsers reject the flags of 2023, and its users' scripts still have them."""
+    words = typed(sharding, {"llama": tiny_llama, "opt": tiny_opt}[name], tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    # 801: the original's [PAD] row. 520: OPT's spare rows stay (the original cut them off).
+    check_result(done.stdout, tmp_path / "out", {"llama": 801, "opt": 520}[name])
+
+
+@pytest.mark.parametrize("sharding", [OFFLOAD, ZERO3], ids=["offload", "deepspeed"])
+def test_other_commands_of_2023(sharding, tiny_llama, tmp_path, monkeypatch):
+    """Guards: CPU offload, and the DeepSpeed file, which overrode the schedule and left saves without weights."""
+    words = typed(sharding, tiny_llama, tmp_path)
+    monkeypatch.chdir(ROOT)
+    run = train_runs.launch(words[words.index("train.py") + 1 :], tmp_path / "log", processes=4).ok()
+    check_result(run.output, tmp_path / "out", 801)
+    rates = [json.loads(line) for line in (tmp_path / "out/train_log.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in rates if "loss" in line][-1] < 2e-6  # a cosine's end
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_run_file_is_valid(path, tmp_path):
+    """Guards: a shipped configuration with a flag that the script does not know."""
+    from alpaca.training.training_arguments import TrainingArguments
+
+    problems, notes = [], []
+    pairs = train_flags.argv_pairs([str(path), "--model_name_or_path", str(tmp_path), "--data_path", str(path)])
+    pairs = train_flags.modernise(pairs, has_gpu=True, processes=4, notes=notes, problems=problems)
+    classes = (train_flags.ModelArguments, train_flags.DataArguments, TrainingArguments)
+    model, data, run = train_flags.parse(pairs, classes, problems)
+    assert not problems and not notes
+    (tmp_path / "config.json").write_text("{}")
+    run["output_dir"] = str(tmp_path / "out")
+    assert run_checks.check(model, data, run, has_gpu=True) == []
+    header = path.read_text()
+    assert re.search(r"^#   (torchrun|python) .*configs/" + path.name, header, re.M)
+
+
+def test_llama_run_files_hold_the_published_recipe():
+    """Guards: a recipe that drifts: 7B 128 rows, 2e-5, 3 epochs; 13B 128 rows, 1e-5, 5 epochs; length 512, decay 0."""
+    for name, processes, rate, epochs in (
+        ("llama_7b", 4, 2e-5, 3),
+        ("llama_13b", 8, 1e-5, 5),
+        ("opt_6.7b", 4, 2e-5, 3),
+    ):
+        recipe = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+        rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes
+        assert (rows, recipe["learning_rate"], recipe["num_train_epochs"]) == (128, rate, epochs)
+        assert (recipe["model_max_length"], recipe["weight_decay"]) == (512, 0.0)
+
+
+def test_flags_after_a_run_file_override_it(tmp_path):
+    """Guards: the file's value won over the one typed."""
+    path = tmp_path / "run.json"
+    path.write_text('{"learning_rate": 1, "fsdp_config": {"version": 2}, "run_name": null, "report_to": ["none"]}')
+    pairs = train_flags.argv_pairs([str(path), "--learning-rate=3e-4"])
+    assert pairs == [
+        ("learning_rate", ["1"]),
+        ("fsdp_config", ['{"version": 2}']),
+        ("report_to", ["none"]),
+        ("learning_rate", ["3e-4"]),
+    ]
+
+
+def modern(*words, has_gpu=False, processes=2):
+    notes, problems = [], []
+    pairs = train_flags.modernise(train_flags.argv_pairs(words), has_gpu, processes, notes, problems)
+    return dict(pairs), notes, problems
+
+
+def test_spellings_of_2023(monkeypatch):
+    """Guards: each removed flag maps to what it meant, with one line that says so."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    pairs, notes, problems = modern(
+        "--fsdp", "shard_grad_op auto_wrap offload", "--fsdp_transformer_layer_cls_to_wrap", "GPT2Block",
+        "--group_by_length", "--logging_dir", "logs", "--overwrite_output_dir", "True", "--no_cuda", "True",
+        "--save_safetensors", "False", "--adafactor", "True",
+    )  # fmt: skip
+    config = json.loads(pairs.pop("fsdp_config")[0])
+    assert config == {
+        "reshard_after_forward": False,
+        "cpu_offload": True,
+        "transformer_layer_cls_to_wrap": ["GPT2Block"],
+    }
+    assert pairs == {
+        "fsdp": ["True"], "train_sampling_strategy": ["group_by_length"], "overwrite": ["True"], "use_cpu": ["True"],
+        "optim": ["adafactor"],
+    }  # fmt: skip
+    assert train_flags.os.environ["TENSORBOARD_LOGGING_DIR"] == "logs" and not problems
+    assert len(notes) == 8
+
+
+def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
+    """Guards: --resume_from_checkpoint auto replaced a finished model that has no checkpoints, or the base itself."""
+    out = tmp_path / "out"
+    (out / "checkpoint-4").mkdir(parents=True)
+    assert "already holds" in run_checks.output_problem(out, None, False)
+    assert run_checks.output_problem(out, "auto", False) is None
+    (out / "config.json").write_text("{}")
+    assert run_checks.output_problem(out, "auto", False) is None
+    assert run_checks.output_problem(out, str(out / "checkpoint-4"), False) is None
+    assert "another run's result" in run_checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
+    (out / "checkpoint-4").rmdir()
+    assert "another run's result" in run_checks.output_problem(out, "auto", False)
+    (out / "config.json").unlink()
+    (out / "run.json").write_text("{}")  # of a run that was killed before its first checkpoint
+    assert run_checks.output_problem(out, "auto", False) is None
+    (out / "config.json").write_text("{}")
+    assert run_checks.output_problem(out, "auto", True) is None
+    done = run_script(
+        "train.py", "--model_name_or_path", out, "--data_path", "seed_tasks.jsonl", "--output_dir", out,
+        "--overwrite", "True", "--resume_from_checkpoint", "False", status=2,
+    )  # fmt: skip
+    assert "would remove the base" in done.stderr and (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mixtral"])
+def test_other_models_train_too(kind, tiny_tied, tmp_path):
+    """Guards: models without sdpa, or whose code cannot run on tensors without values, ended in a traceback before
+    training, at the memory estimate that is only for information."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MixtralConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tied)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, n_layer=2, n_head=4)
+    experts = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, num_local_experts=2)
+    config = BloomConfig(**sizes) if kind == "bloom" else MixtralConfig(**sizes, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    argv = ["--model_name_or_path", tmp_path / "base", "--data_path", data, "--output_dir", tmp_path / "out"]
+    argv += ["--max_steps", 2, "--per_device_train_batch_size", 2, "--save_strategy", "no", "--bf16", "True"]
+    run = train_runs.launch([*argv, "--data_cache_dir", tmp_path / "tokens"], tmp_path / "log").ok()
+    assert "read back, every tensor as in memory" in run.output
+    assert ("batches are padded" in run.output) == (kind == "bloom")
+
+
+def test_gpu_kernels_are_left_out_on_a_cpu():
+    """Guards: a cluster's command tried on a laptop failed in a Triton kernel after the model was loaded."""
+    pairs, notes, _ = modern("--use_liger_kernel", "True", "--tf32", "True")
+    assert pairs == {} and "GPUs alone" in notes[0] and "NVIDIA" in notes[1]
+    assert modern("--use_liger_kernel", "True", has_gpu=True)[0] == {"use_liger_kernel": ["True"]}
+
+
+def test_old_spellings_after_a_run_file_override_it():
+    """Guards: a run file's --warmup_steps beat a --warmup_ratio typed after it, and the note said otherwise."""
+    pairs = [("warmup_steps", ["0.03"]), ("warmup_ratio", ["0.1"]), ("group_by_length", ["True"])]
+    found = train_flags.modernise([*pairs, ("group_by_length", ["False"])], False, 1, [], [])
+    assert [values for name, values in found if name == "warmup_steps"][-1] == ["0.1"]
+    assert [values for name, values in found if name == "train_sampling_strategy"][-1] == ["random"]
+
+
+def test_one_process_needs_no_sharding():
+    """Guards: the 2023 command with one process raised "fsdp only works in distributed training"."""
+    pairs, notes, _ = modern("--fsdp", "full_shard auto_wrap", processes=1)
+    assert pairs == {} and "one process has nothing to shard" in notes[-1]
+
+
+def test_all_problems_are_told_at_once(tmp_path, run_script):
+    """Guards: one error a start, each after a minute of loading; a misspelt flag was a usage text of 150 flags."""
+    tiny_models.write_tasks(tmp_path / "alpaca_data.json", 3)
+    done = run_script(
+        "train.py", "--data_path", tmp_path / "alpaca_dta.json", "--model_name_or_path", tmp_path / "none",
+        "--num_train_epoch", "3", "--learning_rate", "fast", "--evaluation_strategy", "steps", "--save_dtype", "int8",
+        "--qlora", "True", "--fsdp", "full_shard", "--deepspeed", tmp_path / "none.json", status=2,
+        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+    )  # fmt: skip
+    for text in (
+        "11 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
+        "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder",
+        "--save_dtype int8", "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed",
+        "no file " + str(tmp_path / "none.json"), "--eval_strategy steps needs held-out rows",
+    ):  # fmt: skip
+        assert text in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_deepspeed_file_that_saves_no_weights_is_refused(tmp_path):
+    """Guards: the original's file says gather false, and its users' checkpoints had no weights."""
+    path = tmp_path / "old.json"
+    path.write_text(
+        '{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": false}}', encoding="utf-8"
+    )
+    assert "set it to true" in run_checks.check_deepspeed(str(path))[0]
+    assert run_checks.check_deepspeed(str(ROOT / "configs/default_offload_opt_param.json")) == []
+
+
+def test_packages_that_a_flag_needs(tmp_path):
+    """Guards: a missing optional package was found out after the model was loaded."""
+    absent = [("use_liger_kernel", ["True"]), ("report_to", ["wandb", "tensorboard"])]
+    problems = run_checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
+    assert problems == [
+        "--use_liger_kernel True needs liger-kernel: pip install liger-kernel",
+        "--report_to wandb needs wandb: pip install wandb",
+    ]
+
+
+def test_wrong_wrap_class_lists_the_right_one(tiny_opt):
+    """Guards: "Could not find the transformer layer class to wrap" named no class that would do."""
+    from alpaca.training import model as base_model
+
+    config = base_model.load_config(str(tiny_opt))
+    with pytest.raises(UserError, match="right for it: OPTDecoderLayer"):
+        base_model.check_wrap_class(config, {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
+    base_model.check_wrap_class(config, {"transformer_layer_cls_to_wrap": ["OPTDecoderLayer"]})
