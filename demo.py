@@ -18,7 +18,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import textwrap
 import threading
@@ -30,6 +29,7 @@ from alpaca.answers.live import Filter, Run, Served, load_filter, log_run
 from alpaca.answers.loading import load_model, quiet_bars
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
+from alpaca.common.ports import free_port
 from alpaca.common.tasks import load_tasks
 
 # Seeds that show a variety of work, half of them with an input.
@@ -350,17 +350,6 @@ def demo(
         print("\nending the demo ...", flush=True)
         end_all()
         page.close(verbose=False)
-
-
-def free_port(port: int) -> int:
-    """`port` where nothing listens on it, a free one for 0. Raises UserError where it is taken."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"port {port} is taken: {error.strerror}. Choose another --port, or 0 for any.") from error
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -23,11 +23,8 @@ from alpaca.answers.loading import check_model_path, load_model, quiet_bars
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_dir
+from alpaca.common.ports import free_port
 from alpaca.common.tasks import load_tasks
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A file of tasks to a file of answers.
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands.
@@ -206,19 +203,12 @@ def serve(
         merged_dir: Servers take full checkpoints: where an adapter, a GGUF file or "embedded" is written as one.
         dtype: Of the merged or served weights.
     """
-    import socket
-
     if backend not in (None, "vllm", "transformers"):
         raise UserError(f"--backend {backend}: choose vllm or transformers.")
     backend = backend or ("vllm" if importlib.util.find_spec("vllm") else "transformers")
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: pip install vllm, or --backend transformers.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError(f"port {port} is taken: {error.strerror}. Choose another --port.") from error
+    port = free_port(port)
 
     needs_merge = adapter or not (Path(model_name_or_path) / "config.json").is_file()
     if needs_merge:

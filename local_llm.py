@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import urllib.request
@@ -31,6 +30,7 @@ from alpaca.answers.gguf import find_gguf, load_gguf
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_dir, atomic_write
+from alpaca.common.ports import free_port
 from alpaca.common.run_record import run_record
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def serve_in_background(
         raise UserError("serving needs xllamacpp. Type: pip install -r requirements-quickstart.txt") from error
 
     path = find_gguf(gguf)
-    _check_port(host, port)
+    port = free_port(port, host) if port else 0
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias = str(path), {path.stem}
     params.hostnames, params.port = [host], port
@@ -80,19 +80,6 @@ def serve_in_background(
         yield base_url
     finally:
         del server  # its destructor ends its threads and frees the port
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {host} port {port}: {error.strerror}. "
-                f"Choose another with --port N; --port 0 takes any free one."
-            ) from error
 
 
 def _ask_once(base_url: str, model: str) -> None:

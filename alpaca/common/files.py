@@ -1,9 +1,11 @@
 """Files that appear whole or not at all; JSON and JSONL."""
 
+import codecs
 import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -96,17 +98,80 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise UserError(f"{path} already exists and is left alone. Choose another path, or add --overwrite True.")
 
 
-def _open_for(f: Any, mode: str) -> Any:
-    return contextlib.nullcontext(f) if isinstance(f, io.IOBase) else open(f, mode, encoding="utf-8")
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a file in UTF-8 or UTF-16, with or without a byte-order mark.
+
+    Raises UserError for other encodings, naming the first line that is not readable, and for a git-lfs pointer.
+    """
+    data = Path(path).read_bytes()
+    refuse_lfs_pointer(path, data[:200])
+    encoding = _encoding(data)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line} is not {encoding.removesuffix('-sig').upper()} text ({error.reason} at byte "
+            f"{error.start}). Save the file as UTF-8."
+        ) from error
+
+
+def _encoding(data: bytes) -> str:
+    for mark, name in (
+        (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+    ):  # fmt: skip
+        if data.startswith(mark):
+            return name
+    # Without a mark: JSON and CSV begin with an ASCII character, whose other byte is zero in UTF-16.
+    return "utf-16-be" if data[:1] == b"\0" else "utf-16-le" if data[1:2] == b"\0" else "utf-8"
+
+
+def refuse_lfs_pointer(path: str | os.PathLike, head: bytes | None = None) -> None:
+    """Raises UserError where a file is the text that git leaves in place of one kept with git-lfs.
+
+    head: the file's first 200 bytes or more, where they have been read already.
+    """
+    if head is None:
+        with open(path, "rb") as stream:
+            head = stream.read(200)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a git-lfs pointer, not the file itself. Fetch it with `git lfs install && git lfs pull` in its "
+            "repository, or download the file from the Hub."
+        )
 
 
 def jload(f: Any, mode: str = "r") -> Any:
-    """Reads one JSON document from a path or an open file; a broken one is a UserError that names file and line."""
-    with _open_for(f, mode) as stream:
-        try:
-            return json.load(stream)
-        except ValueError as error:
-            raise UserError(f"{getattr(stream, 'name', f)} is not valid JSON: {error}") from error
+    """Reads one JSON document from a path or an open file; a broken one is a UserError that names file, line and row.
+
+    Raises UserError, and OSError where a path cannot be opened. `mode` is kept from the original.
+    """
+    is_path = not isinstance(f, io.IOBase)
+    text, name = (read_text(f), f) if is_path else (f.read(), getattr(f, "name", f))
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{name} is not valid JSON: {_json_problem(error)}") from error
+
+
+def _json_problem(error: ValueError) -> str:
+    """What is wrong with a JSON text, and in which row of a list."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    text, problem = error.doc, str(error)
+    rest = text[error.pos :].lstrip()
+    if rest[:1] in ("]", "}") and text[: error.pos].rstrip().endswith(","):
+        problem = f"a trailing comma before {rest[0]!r} in line {error.lineno}"
+    elif not rest:
+        problem = f"the text ends in the middle, in line {error.lineno}"
+    if not text.lstrip().startswith("["):
+        return problem
+    row, position, decoder = 0, text.index("[") + 1, json.JSONDecoder()
+    with contextlib.suppress(ValueError):
+        while True:
+            row += 1
+            position = decoder.raw_decode(text, re.compile(r"[\s,]*").match(text, position).end())[1]
+    return f"{problem} (row {row})"
 
 
 def jdump(obj: Any, f: Any, mode: str = "w", indent: int | None = 4, default: Callable = str) -> None:
@@ -127,13 +192,12 @@ def jdump(obj: Any, f: Any, mode: str = "w", indent: int | None = 4, default: Ca
 def read_jsonl(path: str | os.PathLike) -> list[Any]:
     """All objects of a JSONL file; blank lines are skipped, a broken line is a UserError with its number."""
     rows = []
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # not splitlines: U+2028 may stand in a text
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is not valid JSON: {_json_problem(error)}") from error
     return rows
 
 

@@ -1,17 +1,20 @@
 """Instruction tasks from any file that holds them."""
 
-import difflib
+import contextlib
+import csv
+import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UserError
-from alpaca.common.files import jload, read_jsonl
+from alpaca.common.errors import UserError, did_you_mean
+from alpaca.common.files import jload, read_jsonl, read_text, refuse_lfs_pointer
 
 
 def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dict[str, Any]]:
-    """Tasks from alpaca_data.json, regen.json, a JSONL file of either, or seed_tasks.jsonl (`instances`).
+    """Tasks from alpaca_data.json, regen.json, seed_tasks.jsonl (`instances`), or JSONL, CSV or Parquet of such rows.
 
     Returns a list of dicts with str `instruction`, `input` ("" where missing or null) and `output` (left out where it
     is missing and `require_output` is false); other fields stay. Raises UserError listing up to ten bad rows by file
@@ -21,15 +24,65 @@ def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dic
 
 
 def read_rows(path: str | os.PathLike) -> list[Any]:
-    """The rows of a JSON list or of a JSONL file as they stand, whatever they are; UserError where there are none."""
+    """The rows of a JSON list, JSONL, CSV or Parquet file as they stand, whatever they are.
+
+    Text is UTF-8 or UTF-16, with or without a byte-order mark. CSV (.csv, .tsv) has a header line. Raises UserError
+    where there is no such file, or it cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"no file {path}.{hint}")
-    with open(path, encoding="utf-8") as stream:
-        is_list = stream.read(4096).lstrip("\ufeff \t\r\n").startswith("[")
-    return jload(path) if is_list else read_jsonl(path)
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.*")], f"{path.parent}/")
+        raise UserError(f"no file {path}.{near}" if not path.is_dir() else f"{path} is a folder; name a file in it.")
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    if path.suffix in (".csv", ".tsv"):
+        return _read_csv(path)
+    text = read_text(path).lstrip()
+    if text.startswith("["):
+        return jload(path)
+    if text.startswith("{") and (lists := _lists_inside(text)):
+        raise UserError(f"{path} holds one object, not a list of rows. Its rows stand under {lists}: save that list.")
+    return read_jsonl(path)
+
+
+def _lists_inside(text: str) -> str:
+    """Where a text is one JSON object: the names under which it holds lists of objects."""
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
+        if "instruction" not in content and "instances" not in content:
+            return " and ".join(repr(k) for k, v in content.items() if isinstance(v, list) and v and type(v[0]) is dict)
+    return ""
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    refuse_lfs_pointer(path)
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    rows = []
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    try:
+        header = next(reader, [])
+        if "instruction" not in header:
+            raise UserError(f"{path}: its first line names no column 'instruction'; it is {','.join(header)[:100]!r}.")
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num} (row {len(rows) + 1}) has {len(cells)} cells, the header "
+                    f"{len(header)}. A cell with commas, quotes or line ends needs double quotes."
+                )
+            if cells:
+                rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+    return rows
 
 
 def check_tasks(rows: Sequence[Any], path: str | os.PathLike, require_output: bool = True) -> list[dict[str, Any]]:

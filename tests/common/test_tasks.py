@@ -1,0 +1,81 @@
+"""Instruction data as people have it: encodings, CSV, Parquet, broken files."""
+
+import json
+
+import pytest
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import jload
+from alpaca.common.tasks import load_tasks
+
+ROWS = [
+    {"instruction": "Translate to German.", "input": "a line\nand, a “second” one", "output": "ja", "origin": "me"},
+    {"instruction": "说出三种颜色。", "input": "", "output": "红\u2028绿", "origin": "me"},
+]
+LIST, LINES = json.dumps(ROWS, ensure_ascii=False), "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("name", "text"), [("data.json", LIST), ("data.jsonl", LINES + "\n\n")])
+def test_encodings(tmp_path, encoding, name, text):
+    """Files saved by Windows programs begin with a byte-order mark or are UTF-16; both ended in a decoding error."""
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert load_tasks(tmp_path / name) == ROWS
+
+
+def test_csv_and_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "data.csv").write_bytes(
+        'instruction,input,output\r\n"Say ""hi"", twice",,"hi\nhi"\r\nAdd.,2 + 2,4\r\n'.encode("utf-8-sig")
+    )
+    assert load_tasks(tmp_path / "data.csv") == [
+        {"instruction": 'Say "hi", twice', "input": "", "output": "hi\nhi"},
+        {"instruction": "Add.", "input": "2 + 2", "output": "4"},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "data.parquet")
+    assert load_tasks(tmp_path / "data.parquet") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", '[\n{"instruction": "x", "output": "y"},\n]', "trailing comma before ']' in line 3"),
+        ("a.json", '[{"instruction": "x", "output": "y",}]', "trailing comma before '}' in line 1 (row 1)"),
+        ("a.json", '[{"instruction": "x"}, {"instruction": "y", "out', "(row 2)"),
+        ("a.json", '[{"instruction": "x", "output": "y"},', "ends in the middle"),
+        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"instruction": ', "line 2"),
+        ("a.json", '{"data": [{"instruction": "x", "output": "y"}]}', "Its rows stand under 'data'"),
+        ("a.json", b'[{"instruction": "caf\xe9", "output": "y"}]', "line 1 is not UTF-8 text"),
+        ("a.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git-lfs pointer"),
+        ("a.parquet", "PAR1 and no more", "cannot be read as Parquet"),
+        ("a.csv", "prompt,output\nx,y\n", "no column 'instruction'"),
+        ("a.csv", "instruction,output\nx,y\nName a city, please,Rome\n", "line 3 (row 2) has 3 cells, the header 2"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.json", "", "holds no rows"),
+        ("a.json", '[{"instruction": "x", "output": 5}]', "row 1: 'output' must be a string, found int"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load_tasks(tmp_path / name)
+    assert message in str(error.value) and name in str(error.value)
+
+
+def test_a_misspelt_name(tmp_path):
+    (tmp_path / "alpaca_data.json").write_text(LIST)
+    with pytest.raises(UserError, match="Did you mean .*alpaca_data.json"):
+        load_tasks(tmp_path / "alpaca_dta.json")
+    with pytest.raises(UserError, match="is a folder"):
+        load_tasks(tmp_path)
+
+
+def test_jload_takes_open_files(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    with open(tmp_path / "a.json") as stream:
+        assert jload(stream) == {"a": 1}
+    with open(tmp_path / "a.json", "rb") as stream:
+        assert jload(stream) == {"a": 1}
