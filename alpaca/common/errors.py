@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -30,13 +31,16 @@ def cli_errors() -> Iterator[None]:
     """Ends the process with a message on stderr instead of a traceback.
 
     Exit status 2 after a UserError and after a file system's refusal (full disk, no right to write, a file where a
-    folder is needed), 130 after Ctrl-C.
+    folder is needed), 130 after Ctrl-C, 141 where nobody reads the output any more.
     """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in FILE_SYSTEM:
             raise
