@@ -1,6 +1,7 @@
 # make quickstart   the whole recipe on an embedded model, no GPU and no key
 # make test         the tests                       make lint    ruff
 # make bench        every benchmark, small sizes    make demo    the web demo on the quickstart's model
+# make data         alpaca_data.json again from its sources, and the answers that can be executed or recomputed
 #
 # Each target makes .venv and installs what it needs when that is missing or older than the requirements.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint bench demo clean-venv
+.PHONY: quickstart test lint bench demo data clean-venv
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -27,6 +28,10 @@ bench: $(VENV)/.dev $(VENV)/.quickstart
 
 demo: $(VENV)/.quickstart
 	$(BIN)/python demo.py --model_name_or_path quickstart_run/tuned $(ARGS)
+
+data: $(VENV)/.base
+	$(BIN)/python data/build.py $(ARGS)
+	$(BIN)/python data/verify_rows.py
 
 # A stamp is touched when its install has ended well: an interrupted one is taken up again by the next call.
 $(VENV)/.python:

@@ -1,23 +1,29 @@
-"""Execute or recompute the answers of written rows: code, SQL, JSON, regular expressions, sums, units, dates, counts.
+"""Executes or recomputes the answers of rows: code, SQL, JSON, regular expressions, sums, units, dates, counts.
 
-    python data/verify_rows.py data/written_tasks.jsonl
+    python data/verify_rows.py                                        # the seeds and data/written_tasks.jsonl, seconds
+    python data/verify_rows.py FILE.jsonl                             # any file of such rows
 
 A row's `check` holds Python statements that assert something about its answer. They see `instruction`, `input` and
-`output`, the standard modules named in MODULES, and the functions of this file. The script prints how many rows were
-covered, by kind of check, and ends with status 1 where an assertion fails.
+`output`, the standard modules named in MODULES, and the functions of this file. The checks of the seeds stand in
+data/seed_checks.jsonl under the seeds' names. The script prints how many rows were covered, by kind, and ends with
+status 1 where an assertion fails.
 """
 
 import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import sqlite3
+import subprocess
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "calendar collections csv datetime decimal fractions io itertools json math random re sqlite3 statistics string "
     "textwrap"
@@ -51,6 +57,26 @@ def run_sql(setup: str, query: str) -> list[tuple]:
         return rows
 
 
+def run_shell(setup: str, command: str) -> str:
+    """What `command` prints under bash in an empty folder after `setup`; bash, coreutils, sed, awk and grep alone.
+
+    Raises ValueError for a command that deletes or reaches the network.
+    """
+    if found := re.search(r"\brm\b|\brmdir\b|-delete\b|\bshred\b|\bdd\b|\bsudo\b|\bcurl\b|\bwget\b", setup + command):
+        raise ValueError(f"a check may not run {found[0]}")
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"PATH": os.environ["PATH"], "HOME": folder, "TMPDIR": folder, "LC_ALL": "C"}
+        done = subprocess.run(
+            ["bash", "-c", f"{setup}\n{command}"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        return done.stdout
+
+
 def words(text: str) -> int:
     """The number of words of `text`, split at white space."""
     return len(text.split())
@@ -65,7 +91,7 @@ def verify(row: dict) -> str:
     """Run a row's check; returns "" where it holds, else what failed."""
     names = {name: importlib.import_module(name) for name in MODULES.split()}
     names |= {key: row.get(key) or "" for key in ("instruction", "input", "output")}
-    names |= {f.__name__: f for f in (code, run_python, run_sql, words, numbers)}
+    names |= {f.__name__: f for f in (code, run_python, run_sql, run_shell, words, numbers)}
     try:
         exec(compile(row["check"], "check", "exec"), names)
     except Exception:
@@ -73,20 +99,31 @@ def verify(row: dict) -> str:
     return ""
 
 
+def load(path: Path) -> list[dict]:
+    """Rows of instruction, input, output and check; seeds get their checks from data/seed_checks.jsonl."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    if rows and "instances" in rows[0]:
+        checks = {row["name"]: row["check"] for row in load(ROOT / "data/seed_checks.jsonl")}
+        if unknown := checks.keys() - {row["name"] for row in rows}:
+            sys.exit(f"data/seed_checks.jsonl names {', '.join(sorted(unknown))}, which {path} does not hold.")
+        rows = [row | row["instances"][0] | {"check": checks.get(row["name"], "")} for row in rows]
+    return rows
+
+
 def main(paths: list[str]) -> int:
     covered: Counter[str] = Counter()
     failed = total = 0
-    for path in paths:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line)
-            total += 1
-            if not row.get("check"):
-                continue
-            covered[row["kind"]] += 1
+    for path in map(Path, paths or [ROOT / "seed_tasks.jsonl", ROOT / "data/written_tasks.jsonl"]):
+        rows = load(path)
+        checked = [row for row in rows if row.get("check")]
+        for row in checked:
             if problem := verify(row):
                 failed += 1
-                print(f"{path}, line {number} ({row['instruction'][:60]}): {problem}\n    {row['check']}")
-    for kind, count in sorted(covered.items(), key=lambda item: -item[1]):
+                print(f"{path}, {row['name']} ({row['instruction'][:60]}): {problem}\n    {row['check']}")
+        covered.update(row["kind"] for row in checked)
+        total += len(rows)
+        print(f"{path.name}: {len(checked)} of {len(rows)} rows")
+    for kind, count in sorted(covered.items(), key=lambda item: (-item[1], item[0])):
         print(f"{count:5d}  {kind}")
     print(f"{sum(covered.values())} of {total} rows executed or recomputed, {failed} failed")
     return 1 if failed else 0

@@ -1,0 +1,108 @@
+"""data/build.py and data/verify_rows.py on the committed files: what is built from them is what stands here."""
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+from alpaca.common.journal import Journal
+from alpaca.common.run_record import sha256_file
+
+
+def load_script(name):
+    """A script of data/ as a module, under a name that no room uses."""
+    spec = importlib.util.spec_from_file_location(f"data_{name}", ROOT / f"data/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_build_gives_the_committed_files(tmp_path, run_script):
+    """An edit of a seed or a written row that is not followed by `make data` leaves two versions of the data."""
+    run_script("data/build.py", "--output_dir", tmp_path)
+    built = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(built) >= 2
+    for name in built:
+        assert sha256_file(tmp_path / name) == sha256_file(ROOT / name), f"{name}: run `make data`"
+
+
+def test_every_row_has_its_origin():
+    """A row whose origin is unknown has no licence."""
+    rows = json.loads((ROOT / "alpaca_data.json").read_text(encoding="utf-8"))
+    origins = read_jsonl(ROOT / "data/origin.jsonl")
+    assert [origin["row"] for origin in origins] == list(range(1, len(rows) + 1))
+    sources = {seed["id"]: {"instruction": seed["instruction"]} | seed["instances"][0]
+               for seed in read_jsonl(ROOT / "seed_tasks.jsonl")}  # fmt: skip
+    sources |= {row["name"]: row for row in read_jsonl(ROOT / "data/written_tasks.jsonl")}
+    for row, origin in zip(rows, origins, strict=True):
+        assert list(row) == ["instruction", "input", "output"] and all(sources[origin["id"]][k] == row[k] for k in row)
+
+
+def test_every_stretch_of_rows_holds_many_kinds():
+    """Rows sorted by kind make the batches of an unshuffled run, and every sample of the first rows, one-sided."""
+    kinds = [origin["kind"] for origin in read_jsonl(ROOT / "data/origin.jsonl")]
+    for begin in range(0, len(kinds) - 60, 20):
+        assert max(Counter(kinds[begin : begin + 60]).values()) <= 6, begin
+
+
+def test_every_check_of_every_row_holds(run_script):
+    """Wrong sums and code that does not run pass for style."""
+    told = run_script("data/verify_rows.py").stdout
+    assert told.endswith(", 0 failed\n") and int(told.splitlines()[-1].split()[0]) >= 450
+
+
+@pytest.mark.parametrize("output", ["def f(n):\n    return n + 2", "def f(n) return"])
+def test_a_failing_check_is_told(tmp_path, run_script, output):
+    """A check whose error is swallowed counts a wrong row as verified."""
+    row = {"kind": "code", "name": "plus_one", "instruction": "Add one to a number.", "input": "", "output": output}
+    row["check"] = "assert run_python(output)['f'](1) == 2"
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    told = run_script("data/verify_rows.py", tmp_path / "rows.jsonl", status=1).stdout
+    assert "plus_one" in told and "1 of 1 rows executed or recomputed, 1 failed" in told
+
+
+def test_a_check_does_not_delete():
+    """`make data` runs the checks on the machine of whoever types it."""
+    verify_rows = load_script("verify_rows")
+    assert verify_rows.run_shell("echo a > x", "cat x") == "a\n"
+    for command in ("rm x", "find . -delete", "curl example.org"):
+        with pytest.raises(ValueError, match="may not run"):
+            verify_rows.run_shell("", command)
+
+
+def test_a_packed_journal_gives_the_same_journal(tmp_path):
+    """A part that is split inside a line, or an order that sorts 10 before 2, breaks the rebuild."""
+    build = load_script("build")
+    with_records = Journal(tmp_path / "responses.jsonl")
+    with_records.append_now([{"kind": "reply", "index": n, "text": "é" * (n % 50)} for n in range(3000)])
+    with_records.close()
+    whole = (tmp_path / "responses.jsonl").read_bytes()
+    with open(tmp_path / "responses.jsonl", "ab") as stream:
+        stream.write(b'{"torn')
+    build.pack(str(tmp_path / "responses.jsonl"), str(tmp_path / "parts"), part_bytes=1200)
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) > 10 and all(part.stat().st_size <= 1200 for part in parts)
+    assert b"".join(build.gzip.decompress(part.read_bytes()) for part in parts) == whole
+    sums = [sha256_file(part) for part in parts]
+    build.pack(str(tmp_path / "responses.jsonl"), str(tmp_path / "parts"), part_bytes=1200)
+    assert [sha256_file(part) for part in parts] == sums
+
+
+def test_the_hub_folder_loads(tmp_path, run_script):
+    """A card whose YAML head names a wrong path gives an empty data set on the Hub."""
+    import datasets
+
+    run_script("data/build.py", "hub", "--output_dir", tmp_path / "hub")
+    loaded = datasets.load_dataset(str(tmp_path / "hub"), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = json.loads((ROOT / "alpaca_data.json").read_text(encoding="utf-8"))
+    assert [{k: row[k] for k in ("instruction", "input", "output")} for row in loaded] == rows
+    assert set(loaded["origin"]) <= {"seed", "written", "teacher"}
+    assert (tmp_path / "hub/README.md").read_text(encoding="utf-8").startswith("---\npretty_name:")
