@@ -1,4 +1,4 @@
-"""data/selection.py, the rules that a teacher's rows must pass: planted faults are found, right rows are let through."""
+"""data/selection.py, the rules that a teacher's rows must pass: planted faults are found, right rows stay."""
 
 import json
 
