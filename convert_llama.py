@@ -5,29 +5,19 @@
 
 Current transformers has no converter any more, and one of the last (4.44.2) rounds to bfloat16, after which no diff of
 the float16 base fits. This one keeps Meta's bits and holds one tensor at a time. LLaMA 1 only: later models are
-published in the transformers format. One minute on a CPU: see test_convert_llama in tests/test_weight_diff.py.
+published in the transformers format. One minute on a CPU: test_convert_llama in tests/weights/.
 """
 
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
-from alpaca.common.files import jdump, jload
-from alpaca.common.run_record import run_record
-from alpaca.weights.folders import (
-    clear,
-    need_space,
-    output_folder,
-    progress_bar,
-    publish,
-    refuse_inside,
-    refuse_taken,
-    work_folder,
-    write_index,
-)
-from alpaca.weights.tensors import STORAGE, ShardWriter, Tensor, header_file_size, make_header, open_torch_file
+from alpaca.common.files import jdump, jload, refuse_lfs_pointer
+from alpaca.weights.folders import need_space, new_folder, output_folder, write_index
+from alpaca.weights.tensors import Tensor, make_header, new_shard, parse_header, read
 
 # Meta's name in a layer -> the name here, and the dimension along which the files of one model hold parts of it.
 LAYER = {
@@ -49,7 +39,7 @@ OUTSIDE = {
 SHARD_BYTES = 5 * 10**9
 
 
-def convert(input_dir, output_dir, tokenizer=None):
+def convert(input_dir: str, output_dir: str, tokenizer: str | None = None) -> None:
     """Writes a Hugging Face checkpoint with Meta's own bits.
 
     Args:
@@ -57,39 +47,60 @@ def convert(input_dir, output_dir, tokenizer=None):
         output_dir: the folder to make; one that already holds something is left alone and refused.
         tokenizer: tokenizer.model; default: in input_dir, or in the folder above it.
     """
-    source, target = Path(str(input_dir)).expanduser(), output_folder(output_dir)
-    files = sorted(source.glob("consolidated.*.pth"))
-    if not files or not (source / "params.json").is_file():
-        raise UserError(f"{source} does not hold Meta's files: expected consolidated.00.pth and params.json.")
-    refuse_inside(target, source)
-    refuse_taken(target)
+    from alpaca.weights.torch_files import read_torch_file
+
+    source = Path(str(input_dir)).expanduser()
+    files = find_files(source)
+    target = output_folder(output_dir, source)
     places = [Path(str(tokenizer))] if tokenizer else [source / "tokenizer.model", source.parent / "tokenizer.model"]
     vocabulary = next((path for path in places if path.is_file()), None)
     if vocabulary is None:
         raise UserError(f"no tokenizer.model at {' or '.join(map(str, places))}. Say where it is: --tokenizer FILE")
-    params = jload(source / "params.json")
+    refuse_lfs_pointer(vocabulary)
+    params = read_params(source / "params.json")
+    plan = plan_tensors([{t.name: t for t in read_torch_file(path)[0]} for path in files], params)
+    headers = plan_shards(plan)
+    need_space(target, headers)
+    with new_folder(target, "converting", {"input_dir": str(input_dir), "output_dir": str(output_dir)}) as work:
+        with tqdm(desc="convert", total=len(plan), unit="tensor", disable=None) as bar:
+            for file, header in headers.items():
+                with new_shard(work / file, header) as write:
+                    for tensor in parse_header(header, work / file):
+                        write(tensor.name, 0, assemble(*plan[tensor.name][1:], params["n_heads"]))
+                        bar.update()
+        write_small_files(work, plan, params, headers, vocabulary)
+    print(f"{target}: {len(plan)} tensors from {len(files)} file(s) of Meta's.")
+
+
+def find_files(source: Path) -> list[Path]:
+    """Meta's files of weights in order; UserError where the folder holds others, or not all of them."""
+    files = sorted(source.glob("consolidated.*.pth")) if source.is_dir() else []
+    if files and (source / "params.json").is_file():
+        names = [f"consolidated.{number:02}.pth" for number in range(len(files))]
+        if [file.name for file in files] != names:
+            raise UserError(f"{source} lacks one of Meta's files: found {', '.join(file.name for file in files)}.")
+        return files
+    hint = ""
+    below = sorted(source.glob("*/consolidated.00.pth"))
+    if below:
+        hint = f" Did you mean --input_dir {below[0].parent}?"
+    elif (source / "config.json").is_file():
+        hint = " It is in the transformers format already: weight_diff.py takes it as it is."
+    raise UserError(f"{source} does not hold Meta's files: expected consolidated.00.pth and params.json.{hint}")
+
+
+def read_params(path: Path) -> dict:
+    """Meta's params.json; UserError where it is not that of a LLaMA of 2023."""
+    params = jload(path)
+    for key in ("dim", "n_heads", "n_layers", "norm_eps"):
+        if not isinstance(params, dict) or not isinstance(params.get(key), int | float):
+            raise UserError(f"{path} has no number {key}: these are not LLaMA 1's files, or they are damaged.")
     if params.get("n_kv_heads", params["n_heads"]) != params["n_heads"]:
         raise UserError(
-            f"{source} has {params['n_kv_heads']} key heads for {params['n_heads']} query heads; this converter is for "
+            f"{path} has {params['n_kv_heads']} key heads for {params['n_heads']} query heads; this converter is for "
             "the LLaMA of 2023, which has as many of one as of the other."
         )
-    parts = [{tensor.name: tensor for tensor in open_torch_file(path)[0]} for path in files]
-    plan = plan_tensors(parts, params)
-    headers, total = plan_shards(plan), sum(int(np.prod(shape)) * 2 for _, shape, *_ in plan.values())
-    need_space(target, sum(map(header_file_size, headers.values())))
-    with work_folder(target, "converting") as work:
-        clear(work, keep=set())
-        with run_record(work, {"input_dir": str(input_dir), "output_dir": str(output_dir)}):
-            with progress_bar("convert", total) as progress:
-                for file, header in headers.items():
-                    with ShardWriter(work / file, header) as writer:
-                        for name in writer.tensors:
-                            values = assemble(*plan[name], params["n_heads"])
-                            writer.write(name, 0, values)
-                            progress(values.nbytes)
-            write_small_files(work, plan, params, headers, vocabulary)
-        publish(work, target)
-    print(f"{target}: {len(plan)} tensors from {len(files)} file(s) of Meta's.")
+    return params
 
 
 def plan_tensors(parts: list[dict[str, Tensor]], params: dict) -> dict[str, tuple]:
@@ -108,6 +119,10 @@ def plan_tensors(parts: list[dict[str, Tensor]], params: dict) -> dict[str, tupl
             pieces = pieces[:1]
         else:
             shape[along] = sum(piece.shape[along] for piece in pieces)
+        if old == "tok_embeddings.weight" and shape[1] != params["dim"]:
+            raise UserError(
+                f"{len(parts)} file(s) hold {shape[1]} of {params['dim']} columns of {old}: fetch the others."
+            )
         plan[new] = (pieces[0].dtype, tuple(shape), pieces, along)
     return plan
 
@@ -116,7 +131,7 @@ def plan_shards(plan: dict[str, tuple]) -> dict[str, str]:
     """File name -> header: tensors in order, at most SHARD_BYTES in a file."""
     groups, held = [[]], 0
     for name, (dtype, shape, *_) in plan.items():
-        size = int(np.prod(shape)) * np.dtype(STORAGE[dtype]).itemsize
+        size = Tensor(name, dtype, shape, Path(), 0).nbytes
         if groups[-1] and held + size > SHARD_BYTES:
             groups.append([])
             held = 0
@@ -128,15 +143,12 @@ def plan_shards(plan: dict[str, tuple]) -> dict[str, str]:
     return {f"model-{i:05}-of-{count:05}.safetensors": make_header(group) for i, group in enumerate(groups, start=1)}
 
 
-def assemble(dtype: str, shape: tuple, pieces: list[Tensor], along: int | None, heads: int) -> np.ndarray:
+def assemble(shape: tuple, pieces: list[Tensor], along: int | None, heads: int) -> np.ndarray:
     """One tensor's elements, joined from the files and, for q and k, with the rows in the order of this format.
 
     Meta rotates neighbouring rows of a head together; here a head's first half is rotated with its second half.
     """
-    arrays = []
-    for piece in pieces:
-        with piece.opened() as read:
-            arrays.append(read(0, piece.numel).reshape(piece.shape))
+    arrays = [read(piece, 0, piece.numel).reshape(piece.shape) for piece in pieces]
     values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=along)
     if pieces[0].name.endswith(("attention.wq.weight", "attention.wk.weight")):
         rows, columns = shape

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from alpaca.common.run_record import git_commit  # noqa: E402
-from alpaca.weights.tensors import INDEX, ShardWriter, header_tensors, make_header, pieces  # noqa: E402
+from alpaca.weights.tensors import INDEX, make_header, new_shard, parse_header, pieces  # noqa: E402
 
 # hidden size, intermediate size, layers, vocabulary
 SIZES = {"tiny": (64, 128, 2, 320), "0.3B": (1024, 2816, 18, 32000), "1.3B": (2048, 5504, 24, 32000)}
@@ -180,14 +180,14 @@ def make_models(size: str, raw: Path, tuned: Path) -> None:
         weight_map |= {name: file for name, _ in held}
         taller = [(name, (shape[0] + 1, *shape[1:]) if shape[0] == rows else shape) for name, shape in held]
         headers = [make_header((name, "F16", shape) for name, shape in tensors) for tensors in (held, taller)]
-        with ShardWriter(raw / file, headers[0]) as base, ShardWriter(tuned / file, headers[1]) as other:
-            for name, tensor in header_tensors(headers[1], Path()).items():
-                inside = base.tensors[name].numel
+        inside = {tensor.name: tensor.numel for tensor in parse_header(headers[0], Path())}
+        with new_shard(raw / file, headers[0]) as write_base, new_shard(tuned / file, headers[1]) as write_tuned:
+            for tensor in parse_header(headers[1], Path()):
                 for start, count in pieces(tensor.numel):
                     old = (rng.standard_normal(count, np.float32) * 0.02).astype(np.float16)
                     step = rng.standard_normal(count, np.float32) * 1e-3
-                    base.write(name, start, old[: max(0, min(count, inside - start))])
-                    other.write(name, start, (old + step).astype(np.float16))
+                    write_base(tensor.name, start, old[: max(0, min(count, inside[tensor.name] - start))])
+                    write_tuned(tensor.name, start, (old + step).astype(np.float16))
     for folder in (raw, tuned):
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 

@@ -90,12 +90,14 @@ def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
-def refuse_existing(path: str | os.PathLike, overwrite: bool = False) -> None:
+def refuse_existing(
+    path: str | os.PathLike, overwrite: bool = False, way_out: str = "Choose another path, or add --overwrite True."
+) -> None:
     """Raises UserError where `path` is a file or a folder that holds something, unless `overwrite`."""
     path = Path(path)
     occupied = any(path.iterdir()) if path.is_dir() else path.exists()
     if occupied and not overwrite:
-        raise UserError(f"{path} already exists and is left alone. Choose another path, or add --overwrite True.")
+        raise UserError(f"{path} already exists and is left alone. {way_out}")
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -150,11 +152,11 @@ def jload(f: Any, mode: str = "r") -> Any:
     text, name = (read_text(f), f) if is_path else (f.read(), getattr(f, "name", f))
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not valid JSON: {_json_problem(error)}") from error
 
 
-def _json_problem(error: ValueError) -> str:
+def _json_problem(error: Exception) -> str:
     """What is wrong with a JSON text, and in which row of a list."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)

@@ -1,211 +1,85 @@
-"""One tensor at a time: its difference from the base, its recovery from base and difference, and what corrects it.
+"""make_diff and recover, tensor by tensor: read, subtract or add, correct, hash, write.
 
-Not a command; weight_diff.py imports it. A float tensor's difference is float32(tuned) - float32(raw), rounded to
-float32; recovery is float32(raw) + difference, rounded to the tuned type. Where that misses the tuned bits (rounding,
--0.0, NaN payloads), the element's index and right bytes are kept as a correction.
+A float tensor's difference is float32(tuned) - float32(raw), rounded to float32; recovery is float32(raw) + difference,
+rounded to the tuned type. Where that misses the tuned bits (rounding, -0.0, NaN payloads), the element's index and its
+right bytes are kept as a correction.
 """
 
-import contextlib
+import bisect
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import jload
-from alpaca.weights.manifest import CORRECTION, bit_sum, bit_sum_of, sha256_tensor
+from alpaca.common.files import jdump, jload
+from alpaca.weights.manifest import CORRECTION, bit_sum_of, bytes_bar, in_parallel, sha256_tensor
 from alpaca.weights.tensors import (
     FLOATS,
-    PIECE,
     STORAGE,
-    ShardWriter,
     Tensor,
     Weights,
+    Write,
     bits_of,
+    file_size,
     from_float32,
     make_header,
     mean_row,
+    new_shard,
+    parse_header,
     pieces,
+    read,
     read_header,
     to_float32,
 )
 
-Progress = Callable[[int], None]  # told the bytes just handled
-
-
-def base_operand(
-    base: Tensor, read: Callable[[int, int], np.ndarray], numel: int
-) -> Callable[[int, int], tuple[np.ndarray, np.ndarray]]:
-    """operand(start, count) -> (the base's stored elements of that range, what is subtracted or added there).
-
-    The latter is float32 for float tensors, the elements themselves for integers. Where the tensor wanted has more
-    rows than the base (`numel` elements in all), they are the mean of the base's rows.
-    """
-    floats = base.dtype in FLOATS
-    new_row = mean_row(base) if numel > base.numel else None
-
-    def operand(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        stored = read(start, max(0, min(count, base.numel - start)))
-        values = to_float32(stored, base.dtype) if floats else stored
-        if len(values) < count:
-            beyond = np.arange(start + len(values), start + count) - base.numel
-            values = np.concatenate([values, new_row[beyond % len(new_row)]])
-        return stored, values
-
-    return operand
-
-
-def add(operand: np.ndarray, diff: np.ndarray, dtype: str) -> np.ndarray:
-    """The base's operand plus the difference, as stored elements of the tuned type."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = operand + diff
-    return from_float32(total, dtype) if dtype in FLOATS else total
-
-
-def diff_tensor(raw: Weights, tuned: Tensor, entry: dict, writer: ShardWriter, spool: Path, progress: Progress) -> None:
-    """Writes the difference of one tensor and completes its manifest entry (hashes, number of corrections).
-
-    Corrections go to a file of their own in `spool`, since a tensor's worth of them may not fit in memory.
-    """
-    name, base = tuned.name, raw.get(tuned.name)
-    if entry["how"] == "add":
-        _subtract(base, tuned, entry, writer, spool, progress)
-    else:
-        hash_tuned = hashlib.sha256()
-        with tuned.opened() as read:
-            for start, count in pieces(tuned.numel):
-                piece = read(start, count)
-                hash_tuned.update(piece)
-                writer.write(name, start, piece)
-                progress(piece.nbytes)
-        entry["sha256_tuned"] = entry["sha256_diff"] = hash_tuned.hexdigest()
-        if base is not None:
-            entry |= {"sha256_raw": sha256_tensor(base, progress), "bit_sum_raw": bit_sum(base)}
-
-
-def _subtract(base: Tensor, tuned: Tensor, entry: dict, writer: ShardWriter, spool: Path, progress: Progress) -> None:
-    floats = tuned.dtype in FLOATS
-    hash_raw, hash_tuned, hash_diff, hash_corrections = (hashlib.sha256() for _ in range(4))
-    bits, corrections = 0, None
-    with contextlib.ExitStack() as stack:
-        read_tuned, read_base = stack.enter_context(tuned.opened()), stack.enter_context(base.opened())
-        operand = base_operand(base, read_base, tuned.numel)
-        for start, count in pieces(tuned.numel):
-            piece, (stored, values) = read_tuned(start, count), operand(start, count)
-            with np.errstate(over="ignore", invalid="ignore"):
-                diff = (to_float32(piece, tuned.dtype) if floats else piece) - values
-            missed = bits_of(add(values, diff, tuned.dtype)) != bits_of(piece)
-            if floats:  # what a NaN's payload becomes in a sum differs between processors
-                missed |= ~np.isfinite(diff)
-            wrong = np.flatnonzero(missed)
-            if len(wrong):
-                records = np.empty(len(wrong), correction_record(entry))
-                records["index"], records["value"] = wrong + start, piece[wrong]
-                if corrections is None:
-                    corrections = stack.enter_context(open(spool / correction_file(tuned.name), "wb"))
-                corrections.write(records.tobytes())
-                hash_corrections.update(records.tobytes())
-                entry["corrections"] += len(wrong)
-            writer.write(tuned.name, start, diff)
-            for digest, data in ((hash_tuned, piece), (hash_raw, stored), (hash_diff, diff)):
-                digest.update(data)
-            bits += bit_sum_of(stored)
-            progress(piece.nbytes + stored.nbytes)
-        for start in range(tuned.numel, base.numel, PIECE):  # rows that the tuned model no longer has
-            stored = read_base(start, min(PIECE, base.numel - start))
-            hash_raw.update(stored)
-            bits += bit_sum_of(stored)
-            progress(stored.nbytes)
-    entry |= {"sha256_raw": hash_raw.hexdigest(), "bit_sum_raw": bits % 2**64}
-    entry |= {"sha256_tuned": hash_tuned.hexdigest(), "sha256_diff": hash_diff.hexdigest()}
-    if entry["corrections"]:
-        entry["sha256_corrections"] = hash_corrections.hexdigest()
-
-
-def recover_tensor(
-    raw: Weights,
-    diff: Tensor,
-    corrections: Tensor | None,
-    entry: Mapping,
-    writer: ShardWriter | None,
-    progress: Progress,
-) -> dict:
-    """Recovers one tensor into `writer` (None computes only); {"sha256": of the result, "sum": of its values}.
-
-    The sum (float64) is taken for diffs without a manifest alone. Raises UserError where the diff's, the corrections'
-    or the result's sha256 is not the entry's.
-    """
-    name, dtype = diff.name, entry["tuned_dtype"]
-    base = raw.get(name) if entry["how"] == "add" else None
-    known = "sha256_diff" in entry
-    hash_diff, hash_result, total = hashlib.sha256(), hashlib.sha256(), 0.0
-    with contextlib.ExitStack() as stack:
-        read_diff = stack.enter_context(diff.opened())
-        operand = base_operand(base, stack.enter_context(base.opened()), diff.numel) if base else None
-        fixes = Corrections(stack.enter_context(corrections.opened()), entry) if corrections else None
-        for start, count in pieces(diff.numel):
-            piece = read_diff(start, count)
-            if known:
-                hash_diff.update(piece)
-            result = piece
-            if base:
-                values = operand(start, count)[1]
-                delta = to_float32(piece, diff.dtype) if diff.dtype in FLOATS else piece
-                if entry.get("raw_times") == 2:
-                    delta = delta + values
-                result = add(values, delta, dtype)
-            if fixes:
-                fixes.apply(result, start)
-            hash_result.update(result)
-            if not known:
-                numbers = to_float32(result, dtype) if dtype in FLOATS else result
-                total += float(numbers.sum(dtype=np.float64))
-            if writer:
-                writer.write(name, start, result)
-            progress(piece.nbytes)
-    result = {"sha256": hash_result.hexdigest(), "sum": total}
-    if known:
-        _must_equal(f"{name} of the diff ({diff.file})", hash_diff.hexdigest(), entry["sha256_diff"])
-        if fixes:
-            where = f"the corrections of {name} in the diff ({corrections.file})"
-            _must_equal(where, fixes.digest.hexdigest(), entry["sha256_corrections"])
-        if result["sha256"] != entry["sha256_tuned"]:
-            raise UserError(
-                f"{name} came out with sha256 {result['sha256']}, the manifest says {entry['sha256_tuned']}, though "
-                "base and diff were right when they were checked: a file changed meanwhile, or the memory is faulty."
-            )
-    return result
-
-
-def _must_equal(what: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise UserError(f"{what} is damaged: sha256 {found}, the manifest says {expected}. Fetch that file again.")
-
-
-def subtracted_twice(diff: Tensor, base: Tensor, config_file: Path) -> bool:
-    """Whether a diff of tied embeddings holds tuned - 2 raw, as the original's make_diff leaves it.
-
-    Its state dict lists tied weights under two names, and it subtracts under both. Such a tensor is close to -raw,
-    a right one is small beside raw.
-    """
-    config = jload(config_file) if config_file.is_file() else {}
-    tied_by_default = config.get("model_type") in ("opt", "gpt2", "bloom", "gemma", "gpt_neo")
-    if not config.get("tie_word_embeddings", tied_by_default) or not base.name.endswith(TIED_NAMES):
-        return False
-    count = min(base.numel, diff.numel, PIECE)
-    with base.opened() as read_base, diff.opened() as read_diff:
-        values = to_float32(read_base(0, count), base.dtype).astype(np.float64)
-        delta = to_float32(read_diff(0, count), diff.dtype).astype(np.float64)
-    return float(delta @ values) < -0.5 * float(values @ values)
-
-
-TIED_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight")
+PROGRESS = "progress.json"  # in the work folder: per finished shard, the sha256 and sum of its tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Corrections.
+# Arithmetic on one piece of a tensor.
+
+
+def new_row(base: Tensor | None, numel: int) -> np.ndarray | None:
+    """The base's value for each row that a tensor of `numel` elements has and the base has not; None without such."""
+    return mean_row(base) if base and numel > base.numel else None
+
+
+def base_values(stored: np.ndarray, base: Tensor, row: np.ndarray | None, start: int, count: int) -> np.ndarray:
+    """What is subtracted or added at elements `start` to `start + count`: float32, or integers as they are stored.
+
+    stored: the base's elements there, fewer than `count` where the base ends; each row beyond is `row`.
+    """
+    values = to_float32(stored[:count], base.dtype) if base.dtype in FLOATS else stored[:count]
+    if len(values) < count:
+        beyond = np.arange(start + len(values), start + count) - base.numel
+        values = np.concatenate([values, row[beyond % len(row)]])
+    return values
+
+
+def add(values: np.ndarray, diff: np.ndarray, dtype: str) -> np.ndarray:
+    """The base's values plus the difference, as stored elements of the tuned type; integers wrap round."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values + diff
+    return from_float32(total, dtype) if dtype in FLOATS else total
+
+
+def subtract(piece: np.ndarray, values: np.ndarray, start: int, entry: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """A piece of the tuned tensor minus the base's values, and the records of what adding that again would miss."""
+    floats = entry["tuned_dtype"] in FLOATS
+    with np.errstate(over="ignore", invalid="ignore"):
+        diff = (to_float32(piece, entry["tuned_dtype"]) if floats else piece) - values
+    missed = bits_of(add(values, diff, entry["tuned_dtype"])) != bits_of(piece)
+    if floats:  # what a NaN's payload becomes in a sum differs between processors
+        missed |= ~np.isfinite(diff)
+    wrong = np.flatnonzero(missed)
+    records = np.empty(len(wrong), correction_record(entry))
+    records["index"], records["value"] = wrong + start, piece[wrong]
+    return diff, records
 
 
 def correction_record(entry: Mapping) -> np.dtype:
@@ -214,52 +88,195 @@ def correction_record(entry: Mapping) -> np.dtype:
     return np.dtype([("index", "<u4" if count <= 2**32 else "<u8"), ("value", STORAGE[entry["tuned_dtype"]])])
 
 
-def correction_file(name: str) -> str:
-    """The spool file of a tensor's corrections; the hash keeps any tensor name a legal file name."""
-    return hashlib.sha256(name.encode()).hexdigest()
+# ----------------------------------------------------------------------------------------------------------------------
+# make_diff.
 
 
-class Corrections:
-    """The corrections of one tensor, applied in the order of its pieces; `digest` is their sha256 in the end."""
+def make_tensor(base: Tensor | None, tuned: Tensor, entry: dict, write: Write, spooled: Path) -> None:
+    """Writes the difference of one tensor, its corrections to a file of their own, and completes its manifest entry."""
+    adds = entry["how"] == "add"
+    row = new_row(base, tuned.numel) if adds else None
+    sha, bits = {of: hashlib.sha256() for of in ("raw", "tuned", "diff", "corrections")}, 0
+    with open(spooled, "wb") as spool:
+        for start, count in pieces(max(tuned.numel, base.numel if base else 0)):
+            piece = diff = read(tuned, start, count)
+            stored = read(base, start, count) if base else np.empty(0, np.uint8)
+            if adds and len(piece):
+                diff, records = subtract(piece, base_values(stored, base, row, start, len(piece)), start, entry)
+                spool.write(records.tobytes())
+                sha["corrections"].update(records.tobytes())
+                entry["corrections"] += len(records)
+            for of, data in (("raw", stored), ("tuned", piece), ("diff", diff)):
+                sha[of].update(data)
+            bits += bit_sum_of(stored)
+            write(tuned.name, start, diff)
+    if base:
+        entry |= {"sha256_raw": sha["raw"].hexdigest(), "bit_sum_raw": bits % 2**64}
+    entry |= {"sha256_tuned": sha["tuned"].hexdigest(), "sha256_diff": sha["diff"].hexdigest()}
+    if entry["corrections"]:
+        entry["sha256_corrections"] = sha["corrections"].hexdigest()
 
-    def __init__(self, read: Callable[[int, int], np.ndarray], entry: Mapping):
-        self.read, self.record = read, correction_record(entry)
-        self.left, self.at, self.digest = entry["corrections"], 0, hashlib.sha256()
-        self.loaded = np.empty(0, self.record)
 
-    def apply(self, piece: np.ndarray, start: int) -> None:
-        """Sets the elements of `piece`, which begins at element `start` of the tensor."""
-        while True:
-            inside = int(np.searchsorted(self.loaded["index"], start + len(piece)))
-            here, self.loaded = self.loaded[:inside], self.loaded[inside:]
-            piece[here["index"] - start] = here["value"]
-            if len(self.loaded) or not self.left:
-                return
-            count, size = min(self.left, PIECE // 4), self.record.itemsize
-            data = self.read(self.at * size, count * size)
-            self.digest.update(data)
-            self.loaded, self.at, self.left = data.view(self.record), self.at + count, self.left - count
+def make_shards(raw: Weights, tuned: Weights, entries: dict[str, dict], headers: dict[str, str], work: Path) -> dict:
+    """Writes the diff's safetensors files, and that of the corrections, into `work`; completes the entries.
 
+    Returns {file name: header text} of all of them.
+    """
+    spool = work / "corrections"  # how many corrections a tensor has, which the header says, is known at the end alone
+    spool.mkdir()
 
-def gather_corrections(spool: Path, work: Path, manifest: dict) -> None:
-    """Joins the spool files into one safetensors file of bytes, [corrections, bytes of a record] per tensor."""
-    entries = {name: entry for name, entry in manifest["tensors"].items() if entry["corrections"]}
-    if entries:
-        header = make_header(
-            (name, "U8", (entry["corrections"], correction_record(entry).itemsize)) for name, entry in entries.items()
-        )
-        manifest["diff"][CORRECTION] = hashlib.sha256(header.encode()).hexdigest()
-        with ShardWriter(work / CORRECTION, header) as writer:
-            for name, tensor in writer.tensors.items():
-                spooled = Tensor(name, "U8", tensor.shape, spool / correction_file(name), 0)
-                with spooled.opened() as read:
-                    for start, count in pieces(tensor.numel):
-                        writer.write(name, start, read(start, count))
+    def spooled(name: str) -> Path:
+        return spool / hashlib.sha256(name.encode()).hexdigest()  # any name makes a legal file name
+
+    with bytes_bar("make_diff", tuned.tensors.values()) as bar:
+        for file, header in headers.items():
+            tensors = [tuned.tensors[tensor.name] for tensor in parse_header(header, work / file)]
+            with new_shard(work / file, header) as write:
+
+                def make(t: Tensor, write=write) -> None:
+                    make_tensor(raw.get(t.name), t, entries[t.name], write, spooled(t.name))
+
+                for _ in in_parallel(make, tensors, bar):
+                    pass
+    corrected = {name: entry for name, entry in entries.items() if entry["corrections"]}
+    if corrected:
+        shapes = {name: (entry["corrections"], correction_record(entry).itemsize) for name, entry in corrected.items()}
+        headers = {**headers, CORRECTION: make_header((name, "U8", shape) for name, shape in shapes.items())}
+        with new_shard(work / CORRECTION, headers[CORRECTION]) as write:
+            for name, shape in shapes.items():
+                records = Tensor(name, "U8", shape, spooled(name), 0)
+                for start, count in pieces(records.numel):
+                    write(name, start, read(records, start, count))
     shutil.rmtree(spool)
+    return headers
 
 
-def correction_tensors(folder: Path, manifest: Mapping) -> dict[str, Tensor]:
-    """Where each tensor's corrections lie, by the tensor's name."""
-    if CORRECTION not in manifest["diff"]:
-        return {}
-    return {tensor.name: tensor for tensor in read_header(folder / CORRECTION)[1]}
+# ----------------------------------------------------------------------------------------------------------------------
+# recover.
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What each tensor is made of (`entries`), and the header of each file that will hold them.
+
+    `corrections`: where each tensor's records lie. `identity` tells this job from another with the same target: only
+    its own unfinished work is gone on with. `hashed`: whether the entries hold hashes, from a manifest.
+    """
+
+    raw: Weights
+    diff: Weights
+    entries: Mapping[str, Mapping]
+    headers: Mapping[str, str]
+    corrections: Mapping[str, Tensor]
+    identity: str | dict
+    hashed: bool
+
+    def tensors(self) -> list[Tensor]:
+        """The diff's tensors, in the order of the entries; UserError where one is missing."""
+        for name in self.entries:
+            if name not in self.diff.tensors:
+                raise UserError(f"the diff {self.diff.folder} lacks {name}. Fetch it again.")
+        return [self.diff.tensors[name] for name in self.entries]
+
+
+def recover_tensor(job: Recovery, diff: Tensor, write: Write) -> dict:
+    """Recovers one tensor; {"sha256": of the result, "sum": of its values}.
+
+    The sum (float64) is taken for diffs without a manifest alone. Raises UserError where the sha256 of the difference,
+    of the corrections or of the result is not the entry's, and, without a manifest, where the result is not finite.
+    """
+    name, entry = diff.name, job.entries[diff.name]
+    dtype, base = entry["tuned_dtype"], job.raw.get(name) if entry["how"] == "add" else None
+    row, corrections = new_row(base, diff.numel), read_corrections(job.corrections.get(name), entry)
+    sha_diff, sha_result, total = hashlib.sha256(), hashlib.sha256(), 0.0
+    for start, count in pieces(diff.numel):
+        result = piece = read(diff, start, count)
+        if base:
+            values = base_values(read(base, start, count), base, row, start, count)
+            delta = to_float32(piece, diff.dtype) if diff.dtype in FLOATS else piece
+            result = add(values, delta + values if entry.get("raw_times") == 2 else delta, dtype)
+        if corrections is not None:
+            correct(result, start, corrections)
+        sha_result.update(result)
+        if job.hashed:
+            sha_diff.update(piece)
+        else:
+            total += float((to_float32(result, dtype) if dtype in FLOATS else result).sum(dtype=np.float64))
+        write(name, start, result)
+    sha256 = sha_result.hexdigest()
+    if job.hashed:
+        _must_equal(f"{name} of the diff ({diff.file})", sha_diff.hexdigest(), entry["sha256_diff"])
+        if sha256 != entry["sha256_tuned"]:
+            raise UserError(
+                f"{name} came out with sha256 {sha256}, the manifest says {entry['sha256_tuned']}, though base and "
+                "diff were right when they were checked: a file changed meanwhile, or the memory is faulty."
+            )
+    elif not np.isfinite(total):
+        raise UserError(
+            f"{name} would hold NaN or infinity: the diff ({diff.file}) or the base is damaged. Fetch both again."
+        )
+    return {"sha256": sha256, "sum": total}
+
+
+def read_corrections(tensor: Tensor | None, entry: Mapping) -> np.ndarray | None:
+    """A tensor's corrections as records, mapped from the file; UserError where their sha256 is not the entry's."""
+    if tensor is None:
+        return None
+    where = f"the corrections of {tensor.name} in the diff ({tensor.file})"
+    _must_equal(where, sha256_tensor(tensor), entry["sha256_corrections"])
+    record = correction_record(entry)
+    return np.memmap(tensor.file, record, "r", tensor.offset, tensor.nbytes // record.itemsize)
+
+
+def correct(piece: np.ndarray, start: int, corrections: np.ndarray) -> None:
+    """Sets the elements of `piece`, which begins at element `start` of its tensor, that have a correction."""
+    index = corrections["index"]
+    here = corrections[bisect.bisect_left(index, start) : bisect.bisect_left(index, start + len(piece))]
+    piece[here["index"] - start] = here["value"]
+
+
+def _must_equal(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(f"{what} is damaged: sha256 {found}, the manifest says {expected}. Fetch that file again.")
+
+
+def recover_tensors(job: Recovery, tensors: list[Tensor], bar: tqdm, write: Write = lambda *_: None) -> dict[str, dict]:
+    """recover_tensor's results by name."""
+    found = in_parallel(lambda tensor: recover_tensor(job, tensor, write), tensors, bar)
+    return {tensor.name: result for tensor, result in zip(tensors, found, strict=True)}
+
+
+def recover_shards(job: Recovery, work: Path | None) -> dict[str, dict]:
+    """Recovers all shards into `work` (None: nowhere); those that an interrupted run left there whole are kept.
+
+    Returns recover_tensor's results by name.
+    """
+    results: dict[str, dict] = {}
+    with bytes_bar("recover", job.tensors()) as bar:
+        if work is None:
+            return recover_tensors(job, job.tensors(), bar)
+        state = jload(work / PROGRESS) if (work / PROGRESS).is_file() else {}
+        if state.get("of") != job.identity:
+            state = {"of": job.identity, "shards": {}}
+        for file, header in job.headers.items():
+            done = state["shards"].get(file)
+            if done is None or not shard_is_whole(work / file, header, done, bar):
+                tensors = [job.diff.tensors[tensor.name] for tensor in parse_header(header, work / file)]
+                with new_shard(work / file, header) as write:
+                    done = recover_tensors(job, tensors, bar, write)
+                state["shards"][file] = done
+                jdump(state, work / PROGRESS)
+            results |= done
+    return results
+
+
+def shard_is_whole(path: Path, header: str, expected: Mapping[str, Mapping], bar: tqdm) -> bool:
+    """Whether the file has this header and each tensor the sha256 that was noted when it was written."""
+    if not path.is_file() or path.stat().st_size != file_size(header):
+        return False
+    try:
+        text, tensors = read_header(path)
+    except UserError:
+        return False
+    hashes = in_parallel(sha256_tensor, tensors, bar)
+    return text == header and all(expected[t.name]["sha256"] == h for t, h in zip(tensors, hashes, strict=True))

@@ -1,13 +1,7 @@
-"""Weights on disk, read and written piece by piece: safetensors shards, and pytorch_model*.bin of old checkpoints.
+"""Weights on disk, read and written piece by piece: where each tensor lies, its bytes, and float32 arithmetic on them.
 
-Not a command; weight_diff.py imports it. It needs numpy alone (torch only to open a .bin), so a process that streams
-a model stays at some 100 MB. safetensors' own `safe_open` maps whole files, and mapped pages count as the process's
-memory; here the header is read (8 bytes of length, then JSON) and the bytes it points at are read with plain reads.
-
-    weights = open_weights("model_folder")
-    for name, tensor in weights.tensors.items():
-        with tensor.opened() as read:
-            first = read(0, 10)             # the first ten elements
+The safetensors library checks a file's header; the bytes that it points at are read with plain reads. The library's own
+reads map the file, whose pages then count as the process's memory, and need torch for bfloat16 and float8.
 """
 
 import contextlib
@@ -19,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import jload
+from alpaca.common.files import jload, refuse_lfs_pointer
 
 # safetensors' names of the types, and the numpy type that holds their bytes. numpy has no bfloat16 and no float8:
-# those travel as unsigned integers.
+# those are read as unsigned integers.
 STORAGE = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
@@ -35,7 +30,6 @@ INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 PIECE = 1 << 19  # elements handled at once: 2 MB of float32, some 15 MB with all that is made of them
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_SINGLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -56,27 +50,6 @@ class Tensor:
     def nbytes(self) -> int:
         return self.numel * itemsize(self.dtype)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[Callable[[int, int], np.ndarray]]:
-        """Yields read(start, count) -> `count` elements from element `start` on, one-dimensional, as stored."""
-        descriptor = os.open(self.file, os.O_RDONLY)
-        size = itemsize(self.dtype)
-
-        def read(start: int, count: int) -> np.ndarray:
-            piece = np.empty(count, STORAGE[self.dtype])
-            view, done = memoryview(piece).cast("B") if count else b"", 0
-            while done < len(view):
-                got = os.preadv(descriptor, [view[done:]], self.offset + start * size + done)
-                if not got:
-                    raise UserError(f"{self.file} ends inside {self.name}: the file is cut short. Fetch it again.")
-                done += got
-            return piece
-
-        try:
-            yield read
-        finally:
-            os.close(descriptor)
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -90,20 +63,9 @@ class Weights:
     shards: dict[str, str]
     aliases: dict[str, str]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def get(self, name: str) -> Tensor | None:
         """The tensor of that name, or of the name that it is tied to."""
         return self.tensors.get(self.aliases.get(name, name))
-
-    def by_file(self) -> dict[str, list[str]]:
-        """File name -> the names of its tensors, both in order."""
-        files: dict[str, list[str]] = {}
-        for tensor in sorted(self.tensors.values(), key=lambda t: (t.file.name, t.offset)):
-            files.setdefault(tensor.file.name, []).append(tensor.name)
-        return files
 
 
 def itemsize(dtype: str) -> int:
@@ -121,127 +83,106 @@ def pieces(numel: int) -> Iterator[tuple[int, int]]:
 # Reading.
 
 
+def read(tensor: Tensor, start: int, count: int) -> np.ndarray:
+    """Elements `start` to `start + count` of a tensor, as stored, one-dimensional; fewer where the tensor ends."""
+    count = max(0, min(count, tensor.numel - start))
+    place = tensor.offset + start * itemsize(tensor.dtype)
+    piece = np.fromfile(tensor.file, STORAGE[tensor.dtype], count, offset=place)
+    if len(piece) < count:
+        raise UserError(f"{tensor.file} ends inside {tensor.name}: the file is cut short. Fetch it again.")
+    return piece
+
+
 def open_weights(folder: str | os.PathLike) -> Weights:
     """Finds every tensor of the model in `folder`; reads headers and indexes only.
 
-    Raises UserError where the folder holds no weights, a shard is missing, a file is damaged or the index and the
-    shards disagree.
+    Raises UserError where the folder holds no weights, a shard is missing, a file is damaged or a git-lfs pointer, or
+    the index and the shards disagree.
     """
     folder = Path(folder)
-    if (folder / INDEX).is_file():
-        files, index = _indexed_files(folder, INDEX)
-    elif (folder / SINGLE).is_file():
-        files, index = [SINGLE], None
-    elif (folder / BIN_INDEX).is_file():
-        files, index = _indexed_files(folder, BIN_INDEX)
-    elif (folder / BIN_SINGLE).is_file():
-        files, index = [BIN_SINGLE], None
-    else:
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
-        hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = " It is a LoRA adapter: merge it into its base first (train.py writes the merged model)."
-        raise UserError(f"{folder} holds no weights: expected {SINGLE}, {INDEX} or {BIN_SINGLE}; found {held}.{hint}")
-
+    index_name = next((name for name in (INDEX, SINGLE, BIN_INDEX, BIN_SINGLE) if (folder / name).is_file()), None)
+    if index_name is None:
+        raise UserError(_no_weights(folder))
+    index = _read_index(folder / index_name) if index_name in (INDEX, BIN_INDEX) else {}
     tensors: dict[str, Tensor] = {}
     shards, aliases = {}, {}
-    for file in files:
+    for file in sorted(set(index.values())) or [index_name]:
         if file.endswith(".bin"):
-            found, tied = open_torch_file(folder / file)
-            aliases.update(tied)
+            # Imported where one is met: torch takes 0.3 GB and two seconds, and safetensors files do not need it.
+            from alpaca.weights.torch_files import read_torch_file
+
+            found, tied = read_torch_file(folder / file)
+            aliases |= tied
         else:
             shards[file], found = read_header(folder / file)
         for tensor in found:
             if tensor.name in tensors:
                 raise UserError(f"{tensor.name} is in both {tensors[tensor.name].file} and {tensor.file}.")
             tensors[tensor.name] = tensor
-    if index is not None:
-        lacking = sorted(set(index) - set(tensors) - set(aliases))
-        if lacking:
-            name = INDEX if shards else BIN_INDEX
-            raise UserError(f"{folder / name} promises {lacking[0]} in {index[lacking[0]]}, which does not hold it.")
+    for name in sorted(set(index) - set(tensors) - set(aliases)):
+        raise UserError(f"{folder / index_name} promises {name} in {index[name]}, which does not hold it.")
     return Weights(folder, tensors, shards, aliases)
 
 
-def _indexed_files(folder: Path, index_name: str) -> tuple[list[str], dict[str, str]]:
-    index = jload(folder / index_name)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise UserError(f"{folder / index_name} has no weight_map.")
-    files = sorted(set(index["weight_map"].values()))
-    for file in files:
-        if file != Path(file).name:
-            raise UserError(f"{folder / index_name} points outside its folder: {file!r}.")
-    missing = [file for file in files if not (folder / file).is_file()]
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a model in several files, which are all there."""
+    index = jload(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{path} has no weight_map.")
+    for file in places.values():
+        if not isinstance(file, str) or file != Path(file).name:
+            raise UserError(f"{path} points outside its folder: {file!r}.")
+    files = sorted(set(places.values()))
+    missing = [file for file in files if not (path.parent / file).is_file()]
     if missing:
         held = f"{len(missing)} of {len(files)} shards"
-        raise UserError(f"{folder / index_name} names {held} that are not there: {', '.join(missing)}. Fetch them.")
-    return files, index["weight_map"]
+        raise UserError(f"{path} names {held} that are not there: {', '.join(missing)}. Fetch them.")
+    return places
+
+
+def _no_weights(folder: Path) -> str:
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+    text = f"{folder} holds no weights: expected {SINGLE}, {INDEX} or {BIN_SINGLE}; found {held}."
+    meta = sorted(folder.glob("consolidated.*.pth")) or sorted(folder.glob("*/consolidated.*.pth"))
+    if meta:
+        text += (
+            " These are Meta's own files. Convert them first:\n"
+            f"  python convert_llama.py --input_dir {meta[0].parent} --output_dir llama-hf"
+        )
+    elif (folder / "adapter_config.json").is_file():
+        text += " It is a LoRA adapter: merge it into its base first (train.py writes the merged model)."
+    elif any(folder.glob("*.gguf")):
+        text += " A GGUF file is a model quantised for llama.cpp: give the model in the transformers format."
+    return text
 
 
 def read_header(path: Path) -> tuple[str, list[Tensor]]:
     """A safetensors file's header text and its tensors in the order of their bytes.
 
-    Raises UserError where the header cannot be read, or does not describe exactly the bytes that follow it.
+    Raises UserError where the library finds the header damaged, or the file longer or shorter than it says.
     """
-    size = path.stat().st_size
+    refuse_lfs_pointer(path)
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut short or its header is damaged ({error}). Fetch the file again.") from error
     with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-            raise UserError(f"{path} is not a whole safetensors file: it is cut short, or its first bytes are damaged.")
-        raw = stream.read(length)
-    try:
-        text = raw.decode("utf-8")
-        tensors = [
-            Tensor(name, spec["dtype"], tuple(spec["shape"]), path, 8 + length + spec["data_offsets"][0])
-            for name, spec in json.loads(text).items()
-            if name != "__metadata__"
-        ]
-        tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"the header of {path} is damaged ({type(error).__name__}: {error}).") from error
-    end = 8 + length
-    for tensor in tensors:
-        if tensor.offset != end:
-            raise UserError(f"the header of {path} is damaged: {tensor.name} does not follow the tensor before it.")
-        end += tensor.nbytes
-    if end != size:
-        raise UserError(f"{path} holds {size:,} bytes, its header describes {end:,}: it is cut short or damaged.")
-    return text, tensors
+        text = stream.read(int.from_bytes(stream.read(8), "little")).decode()
+    return text, parse_header(text, path)
 
 
-def open_torch_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
-    """Tensors of a torch.save file, which is a zip whose members are not compressed: each has one place in the file.
-
-    On the meta device torch unpickles (weights only, no code) the table of tensors and notes each storage's offset.
-    """
-    import torch
-
-    try:
-        state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises what its zip reader and unpickler come upon
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path} cannot be read as a file of weights ({reason}). Fetch it again.") from error
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-             torch.bool: "BOOL"}  # fmt: skip
-    found, aliases = {}, {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name} is not a tensor. Expected a state dict: names and tensors.")
-        offset = value.untyped_storage()._checkpoint_offset
-        if offset is None or not value.is_contiguous() or value.dtype not in names:
-            raise UserError(
-                f"{path}: {name} is not stored in one piece (written by torch before 1.6, or a view). Load the model "
-                "with transformers and save_pretrained it once: that writes safetensors."
-            )
-        place = offset + value.storage_offset() * value.element_size()
-        tensor = Tensor(name, names[value.dtype], tuple(value.shape), path, place)
-        twin = found.get((place, tensor.shape, tensor.dtype))
-        if twin is not None and tensor.numel:
-            aliases[name] = twin.name
-        else:
-            found[(place, tensor.shape, tensor.dtype)] = tensor
-    return list(found.values()), aliases
+def parse_header(text: str, path: Path) -> list[Tensor]:
+    """The tensors of a safetensors file at `path`, which need not exist yet, with this header text, in its order."""
+    start, tensors = 8 + len(text.encode()), []
+    for name, spec in json.loads(text).items():
+        if name == "__metadata__":
+            continue
+        if spec["dtype"] not in STORAGE:
+            raise UserError(f"{name} in {path} is of the type {spec['dtype']}, which this program does not know.")
+        tensors.append(Tensor(name, spec["dtype"], tuple(spec["shape"]), path, start + spec["data_offsets"][0]))
+    return sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,56 +202,38 @@ def make_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
     return text + " " * (-len(text.encode()) % 8)
 
 
-def header_tensors(text: str, path: Path) -> dict[str, Tensor]:
-    """The tensors that a header of this text describes, in a file at `path` (which need not exist)."""
-    start = 8 + len(text.encode())
-    return {
-        name: Tensor(name, spec["dtype"], tuple(spec["shape"]), path, start + spec["data_offsets"][0])
-        for name, spec in json.loads(text).items()
-        if name != "__metadata__"
-    }
+def file_size(header: str) -> int:
+    """Bytes of the safetensors file with this header text."""
+    return 8 + len(header.encode()) + sum(tensor.nbytes for tensor in parse_header(header, Path()))
 
 
-def header_file_size(text: str) -> int:
-    """Bytes of the file with this header."""
-    return 8 + len(text.encode()) + sum(tensor.nbytes for tensor in header_tensors(text, Path()).values())
+Write = Callable[[str, int, np.ndarray], None]
 
 
-class ShardWriter:
-    """Writes a safetensors file with the given header; threads may write different tensors at once.
+@contextlib.contextmanager
+def new_shard(path: Path, header: str) -> Iterator[Write]:
+    """Makes the safetensors file `path` with this header text.
 
-    The bytes go to `path`.partial, which is synced and given its name when the `with` block ends well.
+    Yields write(name, start, piece), which puts a one-dimensional piece at element `start` of a tensor; threads may
+    write different tensors at once. The bytes go to `path`.partial, which is synced and renamed when the block ends
+    well.
     """
+    partial, tensors = path.with_name(path.name + ".partial"), {t.name: t for t in parse_header(header, path)}
+    encoded = header.encode()
+    with open(partial, "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.truncate(file_size(header))
+        stream.flush()
 
-    def __init__(self, path: Path, header: str):
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.tensors = header_tensors(header, path)
-        self.descriptor = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        encoded = header.encode()
-        self._write(len(encoded).to_bytes(8, "little") + encoded, 0)
-        os.ftruncate(self.descriptor, header_file_size(header))
+        def write(name: str, start: int, piece: np.ndarray) -> None:
+            offset, data = tensors[name].offset + start * piece.itemsize, memoryview(piece.view(np.uint8))
+            while data:
+                done = os.pwrite(stream.fileno(), data, offset)
+                data, offset = data[done:], offset + done
 
-    def write(self, name: str, start: int, piece: np.ndarray) -> None:
-        """Puts `piece` (one-dimensional, in the storage type of the tensor) at element `start` of tensor `name`."""
-        tensor = self.tensors[name]
-        self._write(memoryview(piece).cast("B"), tensor.offset + start * itemsize(tensor.dtype))
-
-    def _write(self, data, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self.descriptor, data[done:], offset + done)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, failed, *_) -> None:
-        try:
-            if not failed:
-                os.fsync(self.descriptor)
-        finally:
-            os.close(self.descriptor)
-        if not failed:
-            os.replace(self.partial, self.path)
+        yield write
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,10 +270,7 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def bits_of(piece: np.ndarray) -> np.ndarray:
     """The same bytes as unsigned integers, so that -0.0 and 0.0, or two NaNs, are told apart."""
-    if piece.dtype.itemsize == 1:
-        return piece.view(np.uint8)
-    width = min(piece.dtype.itemsize, 8)
-    return piece.view(f"<u{width}")
+    return piece.view(f"u{min(piece.itemsize, 8)}")
 
 
 def mean_row(tensor: Tensor) -> np.ndarray:
@@ -361,9 +281,7 @@ def mean_row(tensor: Tensor) -> np.ndarray:
     """
     rows, width = tensor.shape[0], tensor.numel // tensor.shape[0]
     total = np.zeros(width, np.float64)
-    with tensor.opened() as read:
-        for first in range(0, rows, 256):
-            count = min(256, rows - first)
-            block = to_float32(read(first * width, count * width), tensor.dtype).reshape(count, width)
-            total += block.sum(axis=0, dtype=np.float64)
+    for first in range(0, rows, 256):
+        block = to_float32(read(tensor, first * width, 256 * width), tensor.dtype).reshape(-1, width)
+        total += block.sum(axis=0, dtype=np.float64)
     return (total / rows).astype(np.float32)

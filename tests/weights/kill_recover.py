@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import weight_diff  # noqa: E402
-from alpaca.weights.tensors import INDEX, ShardWriter, make_header  # noqa: E402
+from alpaca.weights.tensors import INDEX, make_header, new_shard  # noqa: E402
 
 SHARDS, TENSORS, ROWS = 8, 3, 1000  # 24 tensors of 1,000 x 500: long enough to be hit in every phase
 
@@ -42,11 +42,11 @@ def make_models(folder: Path) -> tuple[Path, Path, Path]:
         names = [f"layer{shard}.{number}.weight" for number in range(TENSORS)]
         weight_map |= dict.fromkeys(names, file)
         header = make_header((name, "F16", (ROWS, 500)) for name in names)
-        with ShardWriter(raw / file, header) as base, ShardWriter(tuned / file, header) as other:
+        with new_shard(raw / file, header) as write_raw, new_shard(tuned / file, header) as write_tuned:
             for name in names:
                 values = rng.standard_normal(ROWS * 500, np.float32)
-                base.write(name, 0, values.astype(np.float16))
-                other.write(name, 0, (values * np.float32(1.01)).astype(np.float16))
+                write_raw(name, 0, values.astype(np.float16))
+                write_tuned(name, 0, (values * np.float32(1.01)).astype(np.float16))
     for path in (raw, tuned):
         (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     weight_diff.make_diff(raw, tuned, folder / "diff")

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weight_diff
-from alpaca.common.errors import UserError
-from alpaca.weights import difference as diff_tensors
+from alpaca.common.errors import UserError, cli_errors
 from alpaca.weights import manifest as weight_manifest
 from alpaca.weights import tensors as tensor_files
 
@@ -44,16 +43,16 @@ def tune(base: Path, folder: Path, extra_rows: int = 0, dtype=None, **saving) ->
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + extra_rows, mean_resizing=False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_((torch.randn(parameter.shape) * 1e-2).to(parameter.dtype))
+            parameter.add_((torch.randn(parameter.shape) * 5e-3).to(parameter.dtype))
     model.save_pretrained(folder, **saving)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     return folder
 
 
-def round_trip(raw: Path, tuned: Path, folder: Path) -> tuple[Path, Path]:
+def round_trip(raw: Path, tuned: Path, folder: Path, **options) -> tuple[Path, Path]:
     """make_diff, recover and verify; asserts that every file of weights is the tuned one byte for byte."""
     diff, out = folder / "diff", folder / "out"
-    weight_diff.make_diff(raw, tuned, diff)
+    weight_diff.make_diff(raw, tuned, diff, **options)
     weight_diff.recover(raw, diff, out)
     weight_diff.verify(out, diff, raw)
     for path in tuned.glob("*.safetensors"):
@@ -96,14 +95,6 @@ def test_command_line(tmp_path, tiny_llama, run_script):
     run_script("weight_diff.py", "verify", "--path_tuned", out, "--path_diff", diff)
     wrong = run_script("weight_diff.py", "verify", "--path_tuned", tiny_llama, "--path_diff", diff, status=2)
     assert "is not right" in wrong.stderr and "Traceback" not in wrong.stderr
-
-
-def test_smoke_prompt_is_the_training_prompt(tmp_path, tiny_llama, monkeypatch):
-    """The original asks its test question with CRLF, a prompt that no model was trained on."""
-    asked = []
-    monkeypatch.setattr(weight_diff, "format_prompt", lambda task: asked.append(task) or "text")
-    assert isinstance(weight_diff.smoke_answer(tiny_llama, "cpu"), str)
-    assert asked == [{"instruction": "List three technologies that make life easier.", "input": ""}]
 
 
 @pytest.mark.parametrize("raw_dtype", DTYPES)
@@ -153,7 +144,8 @@ def test_odd_tensors(tmp_path):
         "shrunk": rows(7), "tuned_only": rows(3, torch.bfloat16), "int_grown": torch.arange(8).reshape(4, 2),
         "recast": rows(4, torch.float32), "float_to_int": torch.arange(16).reshape(2, 8),
     }  # fmt: skip
-    diff, out = round_trip(save(tmp_path / "raw", raw), save(tmp_path / "tuned", tuned), tmp_path)
+    raw, changed = save(tmp_path / "raw", raw), save(tmp_path / "tuned", tuned)
+    diff, out = round_trip(raw, changed, tmp_path, allow_whole_tensors=True)
     manifest = json.loads((diff / weight_diff.MANIFEST).read_text())
     how = {name: entry["how"] for name, entry in manifest["tensors"].items()}
     stored = {name for name, kind in how.items() if kind == "stored"}
@@ -187,8 +179,7 @@ def test_corrections_over_many_pieces(tmp_path, monkeypatch):
     tuned = save(tmp_path / "tuned", {"a": torch.randn(53, 37, generator=generator)})
     diff, _ = round_trip(raw, tuned, tmp_path / "whole")
     assert json.loads((diff / weight_diff.MANIFEST).read_text())["tensors"]["a"]["corrections"] > 100
-    for module in (tensor_files, diff_tensors):
-        monkeypatch.setattr(module, "PIECE", 41)
+    monkeypatch.setattr(tensor_files, "PIECE", 41)
     pieced, _ = round_trip(raw, tuned, tmp_path / "pieces")
     for path in diff.glob("*.safetensors"):
         assert path.read_bytes() == (pieced / path.name).read_bytes()
@@ -309,7 +300,7 @@ def test_incomplete_downloads(tmp_path, models):
     assert not (tmp_path / "out").exists()
 
 
-def test_disk_space(tmp_path, models, monkeypatch):
+def test_disk_space(tmp_path, models, monkeypatch, capsys):
     """Room is looked for before the work, and a disk that fills up on the way is a sentence, not a traceback."""
     base, tuned, diff = models
     usage = shutil.disk_usage(tmp_path)
@@ -324,8 +315,9 @@ def test_disk_space(tmp_path, models, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(UserError, match="is full"):
+    with pytest.raises(SystemExit, match="2"), cli_errors():
         weight_diff.recover(base, diff, tmp_path / "out")
+    assert "the disk is full" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -372,8 +364,8 @@ def test_card_and_config_say_diff(models):
 
 
 def test_import_is_cheap():
-    """Recovering needs neither torch nor transformers, and importing the script needs no tqdm or hub client either."""
-    heavy = ("torch", "transformers", "tqdm", "huggingface_hub")
+    """Recovering needs neither torch nor transformers; nor does it need what the hub client loads."""
+    heavy = ("torch", "transformers", "huggingface_hub.file_download")
     code = f"import weight_diff, sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

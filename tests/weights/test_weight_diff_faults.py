@@ -180,13 +180,13 @@ def fail_after(monkeypatch, calls: int):
     """recover_tensor raises at its `calls`+1st call; returns the list of names it was called for."""
     seen = []
 
-    def stub(raw, diff, *rest):
+    def stub(job, diff, write):
         seen.append(diff.name)
         if len(seen) > calls:
             raise KeyboardInterrupt
-        return recover_tensor(raw, diff, *rest)
+        return recover_tensor(job, diff, write)
 
-    monkeypatch.setattr(weight_diff, "recover_tensor", stub)
+    monkeypatch.setattr(diff_tensors, "recover_tensor", stub)
     return seen
 
 

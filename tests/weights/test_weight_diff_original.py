@@ -14,6 +14,7 @@ from test_weight_diff import bits, round_trip, save, tune
 import convert_llama
 import weight_diff
 from alpaca.common.errors import UserError
+from alpaca.weights import checks
 from alpaca.weights import tensors as tensor_files
 
 
@@ -36,7 +37,7 @@ def official_layout(tmp_path: Path, layers: int = 2, hidden: int = 64, heads: in
     tuned = {}
     for name, tensor in raw.items():
         height = len(tensor) + (name in ("model.embed_tokens.weight", "lm_head.weight"))
-        tuned[name] = torch.randn(height, *tensor.shape[1:], generator=generator) * 0.02
+        tuned[name] = torch.randn(height, *tensor.shape[1:], generator=generator) * 0.001
         tuned[name][: len(tensor)] += tensor.float()
     width = hidden // heads
     frequencies = 1.0 / 10000 ** (torch.arange(0, width, 2).float() / width)
@@ -65,7 +66,7 @@ def test_official_layout_and_its_sum(tmp_path, monkeypatch, capsys):
     base, diff, tuned = official_layout(tmp_path)
     published = float(tuned.pop("sum"))
     rows = len(tuned["lm_head.weight"])
-    monkeypatch.setitem(weight_diff.PUBLISHED_SUMS, (64, 2, rows), published)
+    monkeypatch.setitem(checks.PUBLISHED_SUMS, (64, 2, rows), published)
     weight_diff.recover(base, diff, tmp_path / "out")
     assert "published" in capsys.readouterr().out
     out = tensor_files.open_weights(tmp_path / "out")
@@ -80,7 +81,7 @@ def test_official_layout_and_its_sum(tmp_path, monkeypatch, capsys):
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
-    monkeypatch.setitem(weight_diff.PUBLISHED_SUMS, (64, 2, rows), published + 0.02)
+    monkeypatch.setitem(checks.PUBLISHED_SUMS, (64, 2, rows), published + 0.02)
     with pytest.raises(UserError, match="the published one"):
         weight_diff.recover(base, diff, tmp_path / "wrong_sum")
     assert not (tmp_path / "wrong_sum").exists()
@@ -99,7 +100,7 @@ def test_sum_of_another_model_is_printed(tmp_path, capsys):
 
 def test_alpaca_7b_is_recognised():
     """The published figure belongs to 32 layers of 4,096 and 32,001 rows."""
-    assert weight_diff.PUBLISHED_SUMS == {(4096, 32, 32001): 50637.1836}
+    assert checks.PUBLISHED_SUMS == {(4096, 32, 32001): 50637.1836}
     width = 4096 // 32
     buffer = (1.0 / 10000 ** (np.arange(0, width, 2) / width)).sum()
     assert abs(buffer - 7.46) < 0.01
@@ -112,7 +113,7 @@ def test_base_with_inv_freq_counts_its_own(tmp_path, monkeypatch):
     for layer in range(2):
         state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = 1.0 / 10000 ** (torch.arange(0, 16, 2) / 16)
     old = save(tmp_path / "old_base", state, file="pytorch_model.bin")
-    monkeypatch.setitem(weight_diff.PUBLISHED_SUMS, (64, 2, len(tuned["lm_head.weight"])), float(tuned["sum"]))
+    monkeypatch.setitem(checks.PUBLISHED_SUMS, (64, 2, len(tuned["lm_head.weight"])), float(tuned["sum"]))
     weight_diff.recover(old, diff, tmp_path / "out")
 
 
@@ -174,8 +175,7 @@ def test_bin_read_places(tmp_path):
     weights = tensor_files.open_weights(save(tmp_path / "m", state, file="pytorch_model.bin"))
     assert set(weights.tensors) == set(state)
     for name, tensor in weights.tensors.items():
-        with tensor.opened() as read:
-            assert read(0, tensor.numel).tobytes() == bits(state[name]), name
+        assert tensor_files.read(tensor, 0, tensor.numel).tobytes() == bits(state[name]), name
     for bad, text in (({"turned": big.t()}, "not stored in one piece"), ({"path": Path("x")}, "cannot be read")):
         folder = save(tmp_path / text.replace(" ", "_"), bad, file="pytorch_model.bin")
         with pytest.raises(UserError, match=text):

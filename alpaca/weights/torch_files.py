@@ -1,0 +1,49 @@
+"""Tensors in files of torch.save: pytorch_model*.bin of old checkpoints, and Meta's consolidated.*.pth."""
+
+from pathlib import Path
+
+import torch
+
+from alpaca.common.errors import UserError
+from alpaca.common.files import refuse_lfs_pointer
+from alpaca.weights.tensors import Tensor
+
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def read_torch_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    """Where the tensors of a torch.save file lie, and the names that share their storage with another's.
+
+    The file is a zip whose members are not compressed, so each storage has one place in it. On the meta device torch
+    unpickles the table of tensors alone (weights only, no code) and notes that place in `_checkpoint_offset`, which is
+    the one way to learn it without mapping the file. Raises UserError where the file is damaged or holds other things.
+    """
+    refuse_lfs_pointer(path)
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises what its zip reader and unpickler come upon
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} cannot be read as a file of weights ({reason}). Fetch it again.") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}. Expected a state dict: names and tensors.")
+    tensors, aliases, by_place = [], {}, {}
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
+            raise UserError(f"{path}: {name} is not a tensor. Expected a state dict: names and tensors.")
+        offset = value.untyped_storage()._checkpoint_offset
+        if offset is None or not value.is_contiguous() or value.dtype not in TYPES:
+            raise UserError(
+                f"{path}: {name} is not stored in one piece (written by torch before 1.6, or a view). Load the model "
+                "with transformers and save_pretrained it once: that writes safetensors."
+            )
+        place = offset + value.storage_offset() * value.element_size()
+        tensor = Tensor(name, TYPES[value.dtype], tuple(value.shape), path, place)
+        twin = by_place.setdefault((place, tensor.shape, tensor.dtype), tensor)
+        if twin is not tensor and tensor.numel:
+            aliases[name] = twin.name
+        else:
+            tensors.append(tensor)
+    return tensors, aliases
