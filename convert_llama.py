@@ -17,7 +17,7 @@ from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import jdump, jload, refuse_lfs_pointer
 from alpaca.weights.folders import need_space, new_folder, output_folder, write_index
-from alpaca.weights.tensors import Tensor, make_header, new_shard, parse_header, read
+from alpaca.weights.tensors import Tensor, make_header, new_shard, parse_header, read, read_torch_file
 
 # Meta's name in a layer -> the name here, and the dimension along which the files of one model hold parts of it.
 LAYER = {
@@ -47,8 +47,6 @@ def convert(input_dir: str, output_dir: str, tokenizer: str | None = None) -> No
         output_dir: the folder to make; one that already holds something is left alone and refused.
         tokenizer: tokenizer.model; default: in input_dir, or in the folder above it.
     """
-    from alpaca.weights.torch_files import read_torch_file
-
     source = Path(str(input_dir)).expanduser()
     files = find_files(source)
     target = output_folder(output_dir, source)

@@ -108,9 +108,6 @@ def open_weights(folder: str | os.PathLike) -> Weights:
     shards, aliases = {}, {}
     for file in sorted(set(index.values())) or [index_name]:
         if file.endswith(".bin"):
-            # Imported where one is met: torch takes 0.3 GB and two seconds, and safetensors files do not need it.
-            from alpaca.weights.torch_files import read_torch_file
-
             found, tied = read_torch_file(folder / file)
             aliases |= tied
         else:
@@ -171,6 +168,24 @@ def read_header(path: Path) -> tuple[str, list[Tensor]]:
     with open(path, "rb") as stream:
         text = stream.read(int.from_bytes(stream.read(8), "little")).decode()
     return text, parse_header(text, path)
+
+
+def read_torch_file(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    """The tensors of a torch.save file, and the names that share their storage with another: name -> that other name.
+
+    Raises UserError where the file is damaged, or holds other things than tensors.
+    """
+    from alpaca.weights.torch_files import torch_table  # here, where such a file is met: it imports torch
+
+    tensors, aliases, by_place = [], {}, {}
+    for name, dtype, shape, offset in torch_table(path):
+        tensor = Tensor(name, dtype, shape, path, offset)
+        twin = by_place.setdefault((offset, shape, dtype), tensor)
+        if twin is not tensor and tensor.numel:
+            aliases[name] = twin.name
+        else:
+            tensors.append(tensor)
+    return tensors, aliases
 
 
 def parse_header(text: str, path: Path) -> list[Tensor]:
