@@ -111,3 +111,24 @@ def test_the_hub_folder_loads(tmp_path, run_script):
     assert [{k: row[k] for k in ("instruction", "input", "output")} for row in loaded] == rows
     assert set(loaded["origin"]) <= {"seed", "written", "teacher"}
     assert (tmp_path / "hub/README.md").read_text(encoding="utf-8").startswith("---\npretty_name:")
+
+
+def test_a_packed_run_becomes_selected_rows(tmp_path):
+    """`make data` needs no teacher: the journal's replies become rows, and what the rules reject is counted."""
+    build = load_script("build")
+    seeds = [{"id": "seed_task_0", "instruction": "Name the planets.", "input": "", "output": "Mercury, Venus, ..."}]
+    reply = {"kind": "reply", "index": 0, "first_number": 2, "finish_reason": "stop", "model": "m"}
+    reply["text"] = (
+        " What do four pens at 2.50 cost?\n2. Input:\n<noinput>\n2. Output:\n4 × 2.50 = 10.00\n###\n"
+        "3. Instruction: Add up three cups at 3.20 each.\n3. Input:\n<noinput>\n3. Output:\n3 × 3.20 = 9.90\n###\n"
+        "4. Instruction: Draw a map of the town.\n4. Input:\n<noinput>\n4. Output:\nHere it is.\n"
+    )
+    with_records = Journal(tmp_path / "responses.jsonl")
+    with_records.append_now([{"kind": "run", "target": 10, "settings": {}, "seeds": seeds}, reply])
+    with_records.close()
+    build.pack(str(tmp_path / "responses.jsonl"), str(tmp_path / "data"))
+    rows, rejected = build.teacher_rows(sorted((tmp_path / "data").iterdir()))
+    assert rows == [{"instruction": "What do four pens at 2.50 cost?", "input": "", "output": "4 × 2.50 = 10.00"}]
+    assert rejected == {"selection: a sum is wrong": 1, 'generation: asks for more than text: "draw"': 1}
+    table = build.rejection_table(len(rows), rejected)
+    assert "| 1 | 33.3% | kept |" in table and table.endswith("| 3 | 100% | all |\n")
