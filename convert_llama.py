@@ -74,6 +74,7 @@ def find_files(source: Path) -> list[Path]:
     """Meta's files of weights in order; UserError where the folder holds others, or not all of them."""
     files = sorted(source.glob("consolidated.*.pth")) if source.is_dir() else []
     if files and (source / "params.json").is_file():
+        refuse_lfs_pointer(source)
         names = [f"consolidated.{number:02}.pth" for number in range(len(files))]
         if [file.name for file in files] != names:
             raise UserError(f"{source} lacks one of Meta's files: found {', '.join(file.name for file in files)}.")

@@ -131,8 +131,13 @@ def _encoding(data: bytes) -> str:
 def refuse_lfs_pointer(path: str | os.PathLike, head: bytes | None = None) -> None:
     """Raises UserError where a file is the text that git leaves in place of one kept with git-lfs.
 
-    head: the file's first 200 bytes or more, where they have been read already.
+    path: the file, or a folder, whose files are all looked at. head: the file's first 200 bytes or more, where they
+    have been read already.
     """
+    if Path(path).is_dir():
+        for file in filter(Path.is_file, sorted(Path(path).iterdir())):
+            refuse_lfs_pointer(file)
+        return
     if head is None:
         with open(path, "rb") as stream:
             head = stream.read(200)

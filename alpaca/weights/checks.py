@@ -200,9 +200,9 @@ def check_looks_like_difference(raw: Weights, diff: Weights, entries: Mapping[st
             unfit += [name] * any(0.3 < share < 0.96 for share in shares)
     if len(unfit) > judged / 2:
         raise UserError(
-            f"{raw.folder} is not the base that {diff.folder} was made from: in {len(unfit)} of {judged} matrices the "
-            f"sums are not numbers of one type, as they are on the right base (the first is {unfit[0]}). "
-            "--check_integrity_naively False adds the two all the same."
+            f"{raw.folder} is not the base that {diff.folder} was made from: in {len(unfit)} of {judged} matrices (the "
+            f"first is {unfit[0]}) the sums have to be rounded to the tuned model's type, which does not happen on the "
+            "right base. Give that base; --check_integrity_naively False adds the two all the same."
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 
 from alpaca.common.errors import UserError, did_you_mean
-from alpaca.common.files import fsync_dir, jdump, refuse_existing
+from alpaca.common.files import fsync_dir, jdump, refuse_existing, refuse_lfs_pointer
 from alpaca.common.run_record import run_record
 from alpaca.weights.manifest import FORMAT_VERSION, MANIFEST, read_config
 from alpaca.weights.tensors import INDEX, SINGLE, file_size, parse_header
@@ -29,9 +29,10 @@ RENAMED = ("config.json", INDEX, "checksums.json", "README.md")
 
 
 def find_model(path: str | os.PathLike) -> Path:
-    """A local folder, or the downloaded snapshot of a Hub name; UserError where it is neither."""
+    """A local folder, or the downloaded snapshot of a Hub name; UserError where it is neither, or not fetched whole."""
     folder = Path(str(path)).expanduser()
     if folder.is_dir():
+        refuse_lfs_pointer(folder)
         return folder
     if folder.exists():
         raise UserError(f"{path} is a file. Give the folder that holds the model.")
