@@ -120,7 +120,7 @@ def recover(
     if is_weight_diff(raw_folder):
         raise UserError(f"--path_raw {path_raw} is a weight diff, not a base model. Are the two paths swapped?")
     manifest = load_manifest(diff_folder)
-    for problem in checks.diff_file_problems(diff_folder, manifest) if manifest else ():
+    for problem in checks.wrong_files(diff_folder, manifest) if manifest else ():
         raise UserError(problem)
     raw, diff = open_weights(raw_folder), open_weights(diff_folder)
     if manifest is None:
@@ -132,7 +132,7 @@ def recover(
         travels = manifest["travels"]
     if target is not None:
         folders.need_space(target, job.headers)
-    for problem in checks.base_problems(raw, manifest) if manifest else ():
+    for problem in checks.wrong_base(raw, manifest) if manifest else ():
         raise UserError(problem)
 
     def recover_and_check(work: Path | None) -> None:
@@ -171,13 +171,14 @@ def verify(path_tuned: str | None = None, path_diff: str | None = None, path_raw
     manifest = load_manifest(diff_folder)
     if manifest is None:
         raise UserError(f"{diff_folder} has no {MANIFEST}, so there is nothing to check against.")
-    problems = list(checks.diff_file_problems(diff_folder, manifest))
+    problems = list(checks.wrong_files(diff_folder, manifest))
     if not problems:
-        problems += checks.diff_problems(open_weights(diff_folder), correction_tensors(diff_folder, manifest), manifest)
+        corrections = correction_tensors(diff_folder, manifest)
+        problems += checks.wrong_diff(open_weights(diff_folder), corrections, manifest)
     if path_raw is not None:
-        problems += checks.base_problems(open_weights(folders.find_model(path_raw)), manifest)
+        problems += checks.wrong_base(open_weights(folders.find_model(path_raw)), manifest)
     if path_tuned is not None:
-        problems += checks.tuned_problems(folders.find_model(path_tuned), manifest)
+        problems += checks.wrong_tuned(open_weights(folders.find_model(path_tuned)), manifest)
     if problems:
         raise UserError(f"{len(problems)} found wrong:\n" + "\n".join(problems))
     checked = [f"{what} {path}" for what, path in (("base", path_raw), ("tuned model", path_tuned)) if path is not None]

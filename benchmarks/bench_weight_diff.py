@@ -61,7 +61,13 @@ other.save_pretrained(out)
 """
 
 
-def bench(sizes="0.3B,1.3B", work_dir=None, repeats=3, plain=True):
+def bench(
+    sizes: str = "0.3B,1.3B",
+    work_dir: str | None = None,
+    repeats: int = 3,
+    plain: bool = True,
+    other: str | None = None,
+) -> None:
     """Prints the table.
 
     Args:
@@ -69,6 +75,7 @@ def bench(sizes="0.3B,1.3B", work_dir=None, repeats=3, plain=True):
         work_dir: where a temporary folder is made, and removed at the end; default the system's.
         repeats: runs of each step; the table shows the fastest, memory the highest.
         plain: whether to run the plain way (11 GB of memory for 1.3B).
+        other: another checkout of this project, whose weight_diff.py is measured in the same run.
     """
     sizes = sizes if isinstance(sizes, list | tuple) else str(sizes).split(",")
     print(f"- {hardware()}\n- {versions()}, commit {git_commit()}\n- `{' '.join(['python', *sys.argv])}`\n")
@@ -76,11 +83,11 @@ def bench(sizes="0.3B,1.3B", work_dir=None, repeats=3, plain=True):
     print("| --- | --- | --- | --- | --- | --- |")
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="bench_weight_diff.", dir=work_dir) as folder:
-            for row in bench_size(size, Path(folder), int(repeats), plain):
+            for row in bench_size(size, Path(folder), int(repeats), plain, other):
                 print("| " + " | ".join(row) + " |", flush=True)
 
 
-def bench_size(size: str, folder: Path, repeats: int, plain: bool):
+def bench_size(size: str, folder: Path, repeats: int, plain: bool, other: str | None):
     """Yields the table's rows for one model size."""
     raw, tuned, diff, out = (folder / name for name in ("raw", "tuned", "diff", "out"))
     make_models(size, raw, tuned)
@@ -104,6 +111,19 @@ def bench_size(size: str, folder: Path, repeats: int, plain: bool):
             yield size, f"{step}, plain way", f"{theirs[0]:.1f}", f"{theirs[1]:.2f}", "1", f"{theirs[0] / copy[0]:.2f}x"
             beside = f"{theirs[0] / ours[0]:.2f}x as fast, {theirs[1] / ours[1]:.1f}x less memory"
         yield size, step, f"{ours[0]:.1f}", f"{ours[1]:.2f}", beside, f"{ours[0] / copy[0]:.2f}x"
+        if other:
+            arguments = [Path(other) / "weight_diff.py", *flags[:-1], folder / "other"]
+            theirs = best(lambda a=arguments: run(folder, *a), folder / "other", repeats)
+            shutil.rmtree(folder / "other")
+            beside = f"{theirs[0] / ours[0]:.2f} of this one's time"
+            yield (
+                size,
+                f"{step} of {other}",
+                f"{theirs[0]:.1f}",
+                f"{theirs[1]:.2f}",
+                beside,
+                f"{theirs[0] / copy[0]:.2f}x",
+            )
         inputs = sum(weight_bytes(path) for path in both) / 1e9
         yield size, f"copy of {step}'s inputs ({inputs:.2f} GB)", f"{copy[0]:.1f}", "", "", "1"
         yield size, f"copy of {step}'s result ({weight_bytes(flags[-1]) / 1e9:.2f} GB)", f"{result[0]:.1f}", "", "", ""
@@ -128,7 +148,9 @@ def run(folder: Path, script: Path, *arguments) -> float:
     """Runs a script; its peak memory in GB."""
     note = folder / "memory.txt"
     command = [sys.executable, "-c", MEASURED, str(note), str(script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=script.parent, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     if done.returncode:
         raise SystemExit(f"{script.name} {' '.join(map(str, arguments))} failed:\n{done.stderr[-3000:]}")
     return int(note.read_text().split()[1]) * 1024 / 1e9

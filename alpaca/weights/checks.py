@@ -1,7 +1,7 @@
 """Checks of a base, a diff and a tuned model, against the manifest or without one, and what a wrong one probably is."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from alpaca.weights.tensors import (
     Tensor,
     Weights,
     from_float32,
-    open_weights,
     read,
     read_header,
     to_float32,
@@ -27,53 +26,57 @@ PUBLISHED_SUMS = {(4096, 32, 32001): 50637.1836}
 SUM_TOLERANCE = 1e-2
 
 
-def wrong_tensors(expected: Mapping[str, tuple], weights: Weights, title: str) -> Iterator[tuple]:
-    """Yields (name, the tensor or None, its sha256 or None) of each unlike `expected`: name -> (dtype, shape, sha).
+def wrong_tensors(
+    what: str, weights: Weights, expected: Mapping[str, tuple], cause: Callable[..., str] | None = None
+) -> Iterator[str]:
+    """Yields a text for each tensor of `weights` that is not as expected: name -> (dtype, shape, sha256).
 
-    Types and shapes of all tensors first, which costs nothing, then the bytes, small tensors first.
+    Types and shapes of all tensors first, which costs nothing, then the bytes, small tensors first. `cause`(name, the
+    tensor or None, its sha256 or None) says what is probably wrong.
     """
+
+    def text(name: str, tensor: Tensor | None, found: str | None) -> str:
+        dtype, shape, sha256 = expected[name]
+        told = f"{name} is missing from {what} {weights.folder}."
+        if tensor:
+            found = found or sha256_tensor(tensor)
+            told = (
+                f"{name} in {what} ({tensor.file}) is not right.\n  expected: {dtype} {shape}, sha256 {sha256}\n"
+                f"  found:    {tensor.dtype} {list(tensor.shape)}, sha256 {found}"
+            )
+        return told + (f"\n  probably: {cause(name, tensor, found)}" if cause else "")
+
     alike = []
     for name, (dtype, shape, _) in expected.items():
         tensor = weights.get(name)
-        if tensor is None or (tensor.dtype, list(tensor.shape)) != (dtype, shape):
-            yield name, tensor, None
+        if tensor and (tensor.dtype, list(tensor.shape)) == (dtype, shape):
+            alike.append((tensor.nbytes, name, tensor))
         else:
-            alike.append((name, tensor))
-    alike.sort(key=lambda pair: (pair[1].nbytes, pair[0]))
-    tensors = [tensor for _, tensor in alike]
-    with bytes_bar(title, tensors) as bar:
-        for (name, tensor), found in zip(alike, in_parallel(sha256_tensor, tensors, bar), strict=True):
+            yield text(name, tensor, None)
+    alike.sort(key=lambda item: item[:2])
+    tensors = [tensor for _, _, tensor in alike]
+    with bytes_bar(f"checking {what}", tensors) as bar:
+        for (_, name, tensor), found in zip(alike, in_parallel(sha256_tensor, tensors, bar), strict=True):
             if found != expected[name][2]:
-                yield name, tensor, found
+                yield text(name, tensor, found)
 
 
-def base_problems(raw: Weights, manifest: dict) -> Iterator[str]:
+def wrong_base(raw: Weights, manifest: dict) -> Iterator[str]:
     """Yields what makes `raw` another model than the diff's base, one text a tensor; nothing when it is the base."""
-    expected = {
-        name: (entry["raw_dtype"], entry["raw_shape"], entry["sha256_raw"])
-        for name, entry in manifest["tensors"].items()
-        if "sha256_raw" in entry
-    }
-    for name, tensor, found in wrong_tensors(expected, raw, "checking the base"):
-        if tensor is None:
-            hint = prefix_hint(raw.tensors, manifest["tensors"]) or quantised_hint(raw)
-            yield (
-                f"the base {raw.folder} has no tensor {name}; the diff's base ({manifest['raw']['name']}) has."
-                + (hint or " Probably another architecture, or another naming: convert it to the transformers format.")
-            )
-            continue
-        found = found or sha256_tensor(tensor)
-        dtype, shape, sha256 = expected[name]
-        yield (
-            f"{name} of the base {raw.folder} is not the tensor that the diff was made from "
-            f"({manifest['raw']['name']}).\n"
-            f"  expected: {dtype} {shape}, sha256 {sha256}\n"
-            f"  found:    {tensor.dtype} {list(tensor.shape)}, sha256 {found}\n"
-            f"  probably: {_probable_cause(raw, manifest, name, tensor, found)}"
-        )
+    entries = {name: entry for name, entry in manifest["tensors"].items() if "sha256_raw" in entry}
+    expected = {name: (e["raw_dtype"], e["raw_shape"], e["sha256_raw"]) for name, e in entries.items()}
+
+    def cause(*found) -> str:
+        return f"{probable_cause(raw, manifest, *found)}\n  the diff was made from {manifest['raw']['name']}"
+
+    return wrong_tensors("the base", raw, expected, cause)
 
 
-def _probable_cause(raw: Weights, manifest: dict, name: str, tensor: Tensor, found: str) -> str:
+def probable_cause(raw: Weights, manifest: dict, name: str, tensor: Tensor | None, found: str | None) -> str:
+    """What a base probably is whose tensor `name` is another than the diff was made from."""
+    if tensor is None:
+        hint = prefix_hint(raw.tensors, manifest["tensors"]) or quantised_hint(raw)
+        return hint.strip() or "another architecture, or another naming: convert it to the transformers format first."
     entry = manifest["tensors"][name]
     expected_dtype, expected_shape = entry["raw_dtype"], tuple(entry["raw_shape"])
     if found == entry["sha256_tuned"] and found != entry["sha256_raw"]:
@@ -106,63 +109,47 @@ def _probable_cause(raw: Weights, manifest: dict, name: str, tensor: Tensor, fou
     return f"a damaged file ({tensor.file.name}), or another conversion: {len(others)} other tensors are right."
 
 
-def diff_problems(diff: Weights, corrections: Mapping[str, Tensor], manifest: dict) -> Iterator[str]:
-    """Yields what is damaged among the diff's tensors and corrections, a sentence each. Headers are right by now."""
-    entries = manifest["tensors"]
-    expected = {n: (t.dtype, list(t.shape), entries[n]["sha256_diff"]) for n, t in diff.tensors.items()}
-    yield from _texts(expected, diff, f"the diff {diff.folder}")
-    expected = {n: (t.dtype, list(t.shape), entries[n]["sha256_corrections"]) for n, t in corrections.items()}
-    yield from _texts(expected, dataclasses.replace(diff, tensors=corrections), "the corrections of the diff")
+def wrong_diff(diff: Weights, corrections: Mapping[str, Tensor], manifest: dict) -> Iterator[str]:
+    """Yields what is damaged among the diff's tensors and corrections. Headers are right by now."""
+    for what, weights, key in (
+        ("the diff", diff, "sha256_diff"),
+        ("the corrections of the diff", dataclasses.replace(diff, tensors=corrections), "sha256_corrections"),
+    ):
+        expected = {
+            name: (tensor.dtype, list(tensor.shape), manifest["tensors"][name][key])
+            for name, tensor in weights.tensors.items()
+        }
+        yield from wrong_tensors(what, weights, expected)
 
 
-def tuned_problems(folder: Path, manifest: dict) -> Iterator[str]:
-    """Yields what differs between the model in `folder` and the tuned model of the manifest, a sentence each."""
-    try:
-        tuned = open_weights(folder)
-    except UserError as error:
-        yield str(error)
-        return
+def wrong_tuned(tuned: Weights, manifest: dict) -> Iterator[str]:
+    """Yields what differs between a model and the tuned model of the manifest."""
     for file, header in manifest["tuned"].items():
         if tuned.shards.get(file, header) != header:
-            yield f"the header of {file} in {folder} is not the tuned model's."
+            yield f"the header of {file} in {tuned.folder} is not the tuned model's."
     for name in sorted(set(tuned.tensors) - set(manifest["tensors"])):
-        yield f"{name} in {folder} is not a tensor of the tuned model."
+        yield f"{name} in {tuned.folder} is not a tensor of the tuned model."
     expected = {n: (e["tuned_dtype"], e["shape"], e["sha256_tuned"]) for n, e in manifest["tensors"].items()}
-    yield from _texts(expected, tuned, str(folder))
-    yield from wrong_files(folder, {name: manifest["files"][stored] for name, stored in manifest["travels"].items()})
+    yield from wrong_tensors("the tuned model", tuned, expected)
+    for name, stored_as in manifest["travels"].items():
+        yield from wrong_file(tuned.folder / name, manifest["files"][stored_as])
 
 
-def wrong_files(folder: Path, expected: Mapping[str, str]) -> Iterator[str]:
-    """Yields a sentence for each file that is missing or has another sha256 than the expected one."""
-    for name, sha256 in expected.items():
-        if not (folder / name).is_file():
-            yield f"{name} is missing from {folder}."
-        elif (found := sha256_file(folder / name)) != sha256:
-            yield f"{name} in {folder} is damaged or another: sha256 {found}, the manifest says {sha256}."
+def wrong_files(folder: Path, manifest: dict) -> Iterator[str]:
+    """Yields what is wrong with the diff's small files and the headers of its safetensors files."""
+    for name, sha256 in manifest["files"].items():
+        yield from wrong_file(folder / name, sha256)
+    for name, sha256 in manifest["diff"].items():
+        found = sha256_text(read_header(folder / name)[0])
+        if found != sha256:
+            yield f"the header of {folder / name} is damaged: sha256 {found}, the manifest says {sha256}."
 
 
-def diff_file_problems(folder: Path, manifest: dict) -> Iterator[str]:
-    """Yields what is wrong with the diff's small files and safetensors headers, a sentence each."""
-    yield from wrong_files(folder, manifest["files"])
-    for name, expected in manifest["diff"].items():
-        try:
-            found = sha256_text(read_header(folder / name)[0])
-        except (UserError, OSError) as error:
-            yield f"{name} in the diff: {error}"
-            continue
-        if found != expected:
-            yield f"the header of {name} in the diff is damaged: sha256 {found}, the manifest says {expected}."
-
-
-def _texts(expected: Mapping[str, tuple], weights: Weights, where: str) -> Iterator[str]:
-    for name, tensor, found in wrong_tensors(expected, weights, where):
-        dtype, shape, sha256 = expected[name]
-        if tensor is None:
-            yield f"{name} is missing from {where}."
-        elif found is None:
-            yield f"{name} in {where} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}."
-        else:
-            yield f"{name} in {where} ({tensor.file.name}) is not right: sha256 {found}, the manifest says {sha256}."
+def wrong_file(path: Path, sha256: str) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path} is missing."
+    elif (found := sha256_file(path)) != sha256:
+        yield f"{path} is damaged or another file: sha256 {found}, the manifest says {sha256}."
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -159,6 +159,8 @@ def read_header(path: Path) -> tuple[str, list[Tensor]]:
 
     Raises UserError where the library finds the header damaged, or the file longer or shorter than it says.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Fetch it.")
     refuse_lfs_pointer(path)
     try:
         with safe_open(path, "np"):
