@@ -120,14 +120,14 @@ def _answer_from_server(
     from collections import Counter
 
     from alpaca.common.answer_journal import AnswerJournal, answered_row
+    from alpaca.generation.client import ModelClient, RequestFailed, RequestSlots
     from alpaca.generation.prices import find_price
-    from alpaca.generation.teacher import AskError, Teacher, Turns
 
     model, api = settings["model"], settings["api"]
     price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
 
     async def ask_all(journal: AnswerJournal) -> None:
-        teacher = Teacher(
+        client = ModelClient(
             model,
             settings["base_url"],
             api,
@@ -135,14 +135,14 @@ def _answer_from_server(
             top_p=settings["top_p"],
             max_tokens=settings["max_new_tokens"],
         )
-        turns = Turns(max_concurrency)
+        slots = RequestSlots(max_concurrency)
 
         async def ask(row: int, task: dict) -> None:
             text = "\n\n".join(part for part in (task["instruction"], task["input"]) if part.strip())
-            async with turns:
+            async with slots:
                 try:
-                    reply = await teacher.ask(format_prompt(task) if api == "completions" else text)
-                except AskError as error:
+                    reply = await client.ask(format_prompt(task) if api == "completions" else text)
+                except RequestFailed as error:
                     failed.append((row, str(error)))
                     return
                 length = reply.usage["completion"]
@@ -150,9 +150,9 @@ def _answer_from_server(
             tokens.update(reply.usage)
 
         try:
-            await turns.finish_all(ask(row, task) for row, task in enumerate(tasks) if row not in journal.answers)
+            await slots.run(ask(row, task) for row, task in enumerate(tasks) if row not in journal.answers)
         finally:
-            await teacher.close()
+            await client.close()
 
     begin = time.monotonic()
     with (
@@ -212,7 +212,7 @@ def judge(
         answers_1: Answer file of the model to compare with (generator_1).
         answers_2: Answer file of the model in question (generator_2): win rates are its.
         output_dir: Where the verdicts go.
-        model: The judge's name at the server; by default the server's own model, or the project's teacher at OpenAI.
+        model: The judge's name at the server; by default the server's own, or this project's default at OpenAI.
         base_url: An OpenAI-compatible server; OpenAI itself by default.
         api: auto, chat or completions.
         name_1: Name of the first model, instead of the one in its file.
@@ -232,8 +232,9 @@ def judge(
     """
     from alpaca.answers import judge as judging
     from alpaca.common.journal import Journal
-    from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, price_for
-    from alpaca.generation.teacher import Teacher, served_model
+    from alpaca.generation.client import ModelClient, served_model
+    from alpaca.generation.paid_replies import PaidReplies
+    from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
 
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
@@ -250,7 +251,7 @@ def judge(
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
 
-    tally = judging.Tally(price_for(model, price_input, price_output, max_cost_usd))
+    budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd)
     settings = {
         "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
         "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,
@@ -258,7 +259,7 @@ def judge(
     }  # fmt: skip
 
     async def ask():
-        teacher = Teacher(
+        client = ModelClient(
             model,
             base_url,
             api,
@@ -267,41 +268,42 @@ def judge(
             reasoning_effort=reasoning_effort,
             extra={"top_logprobs": SOFT_LOGPROBS} if soft else None,
         )
-        cache = Journal(output / "judge_cache.jsonl")
+        usable = (lambda reply: reply.get("first_token")) if soft else bool
         try:
-            await teacher.check_model()
-            return *await judging.judge_pairs(pairs, teacher, cache, tally, max_concurrency, max_cost_usd), teacher
+            with Journal(output / "judge_cache.jsonl") as cache:
+                replies = PaidReplies(client, cache, budget, judging.PROMPT_VERSION, max_concurrency, usable)
+                await client.check_model()
+                return *await judging.judge_pairs(pairs, replies), replies
         finally:
-            cache.close()
-            await teacher.close()
+            await client.close()
 
     begin = time.monotonic()
     with run_record(output, settings, [answers_1, answers_2]) as record:
-        annotations, failures, teacher = asyncio.run(ask())
+        annotations, failures, replies = asyncio.run(ask())
         summary = {
             **settings,
-            "base_url": teacher.url,
+            "base_url": replies.client.url,
             "date": time.strftime("%Y-%m-%d"),
             "judged": len(annotations),
             "failures": len(failures),
             "failure_reasons": _counts(row["failure"] for row in failures),
             "orders": judging.agreement(annotations),
-            "replies_asked": tally.asked,
-            "replies_from_cache": tally.cached,
-            "tokens": dict(tally.tokens),
-            "cost_usd": round(tally.cost, 6) if tally.price else None,
-            "cost_usd_of_cached": round(tally.cost_of_cached, 6) if tally.price else None,
+            "replies_asked": replies.asked,
+            "replies_from_cache": replies.cached,
+            "tokens": dict(replies.tokens),
+            "cost_usd": round(budget.spent, 6) if budget.price else None,
+            "cost_usd_of_cached": round(replies.cost_of_cached, 6) if budget.price else None,
             "seconds": round(time.monotonic() - begin, 2),
-            "server_troubles": dict(teacher.counts),
+            "server_troubles": dict(replies.client.counts),
             "failed_pairs": failures,
         }
         jdump(summary, output / "judge.json")
         jdump(annotations, output / "annotations.json")
         record["figures"] = {key: value for key, value in summary.items() if key != "failed_pairs"}
-    cost = "unknown (give --price_input and --price_output)" if not tally.price else f"${tally.cost:.4f}"
+    cost = "unknown (give --price_input and --price_output)" if not budget.price else f"${budget.spent:.4f}"
     print(
-        f"{len(annotations)} pairs judged by {model}, {len(failures)} failures; {tally.asked} replies asked, "
-        f"{tally.cached} from the cache; cost {cost}; {summary['seconds']:.1f} s"
+        f"{len(annotations)} pairs judged by {model}, {len(failures)} failures; {replies.asked} replies asked, "
+        f"{replies.cached} from the cache; cost {cost}; {summary['seconds']:.1f} s"
     )
     orders = summary["orders"]
     print(

@@ -47,12 +47,14 @@ def openai_completion(
     prompts: a text or a chat message ({"role", "content"}) gives one completion; a list of these, or of conversations
     (lists of messages), gives a list in the same order. With decoding_args.n > 1 each is a list of n completions. A
     completion is its text (`return_text`) or an object with .text, .finish_reason, .total_tokens and the server's other
-    fields. OPENAI_BASE_URL and OPENAI_API_KEY choose the server; `model_name` defaults to teacher.DEFAULT_MODEL.
+    fields. OPENAI_BASE_URL and OPENAI_API_KEY choose the server; `model_name` defaults to the
+    project's default model.
     Requests run at the same time and wait as long as the server says: `sleep_time` has no use any more, and
     `batch_size` only bounds `max_instances` through `max_batches`.
     Raises UserError, with the server's reason, where a request cannot be answered.
     """
-    from alpaca.generation import teacher
+    from alpaca.generation.client import complete_all  # late: utils is imported where openai is not installed
+    from alpaca.generation.prices import DEFAULT_MODEL
 
     if decoding_args.stream:
         raise UserError("openai_completion returns whole completions; set stream=False.")
@@ -66,7 +68,7 @@ def openai_completion(
         for name, value in {**dataclasses.asdict(decoding_args), **decoding_kwargs}.items()
         if value is not None and own_defaults.get(name) != value
     }
-    completions = teacher.complete_all(wanted, model_name or teacher.DEFAULT_MODEL, settings)
+    completions = complete_all(wanted, model_name or DEFAULT_MODEL, settings)
     if return_text:
         completions = [[choice.text for choice in choices] for choices in completions]
     if decoding_args.n == 1:

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.common.cli import run_cli
 from alpaca.common.files import jload
 from alpaca.common.run_record import git_commit
-from alpaca.common.tasks import load_tasks
-from alpaca.generation import parsing as task_parsing
-from alpaca.generation.run import Prompter
+from alpaca.generation.parsing import parse_reply
+from alpaca.generation.prompting import PROMPT_FILE, Prompter, load_seeds
+from alpaca.generation.settings import GenerationSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = 17  # in a reply: the list of 20 less its three examples
@@ -90,9 +90,8 @@ def serial_loop(requests: int, latency: float) -> float:
     from rouge_score import rouge_scorer
     from rouge_score.tokenizers import DefaultTokenizer
 
-    seeds = [{"id": str(row), **seed} for row, seed in enumerate(load_tasks(ROOT / "seed_tasks.jsonl"))]
-    settings = {"seed": 0, "num_prompt_instructions": 3, "num_tasks_per_request": 20, "sample_from_generated": 0}
-    prompter = Prompter(seeds, {**settings, "answer_separately": False}, task_parsing.PROMPT_FILE.read_text())
+    seeds = load_seeds(ROOT / "seed_tasks.jsonl")
+    prompter = Prompter(seeds, GenerationSettings(prompt_text=PROMPT_FILE.read_text()))
     tokenizer = DefaultTokenizer(use_stemmer=False)
     with tempfile.TemporaryDirectory() as folder, fake_server(latency, Path(folder) / "log.json") as base_url:
         client = openai.OpenAI(base_url=base_url, api_key="none")
@@ -101,7 +100,7 @@ def serial_loop(requests: int, latency: float) -> float:
         for index in range(requests):
             prompt, _ = prompter.prompt(index, [])
             reply = client.completions.create(model="m", prompt=prompt, max_tokens=3072).choices[0]
-            for task in task_parsing.parse_reply(reply.text, 4):
+            for task in parse_reply(reply.text, 4):
                 tokens = tokenizer.tokenize(task.instruction)
                 if max(rouge_scorer._score_lcs(tokens, other).fmeasure for other in pool) <= 0.7:
                     pool.append(tokens)

@@ -8,22 +8,17 @@ judge that always says the same word still shows which answer makes it less sure
 """
 
 import collections
-import dataclasses
-import hashlib
-import json
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alpaca.answers.win_rate import category_of
 from alpaca.common.errors import UserError
-from alpaca.common.journal import Journal
 from alpaca.common.tasks import load_tasks
-from alpaca.generation.prices import Price
-from alpaca.generation.teacher import AskError, Teacher, Turns
+from alpaca.generation.client import RequestFailed
+from alpaca.generation.paid_replies import PaidReplies
 
 # A change of these words is a new version: verdicts under different prompts are different measurements.
 PROMPT_VERSION = "pairwise-1"
@@ -148,85 +143,26 @@ def _task_key(row: Mapping[str, Any]) -> tuple[str, str]:
 # Judging.
 
 
-@dataclasses.dataclass
-class Tally:
-    """What judging took: replies paid for now and taken from disk, their tokens, cost in USD where a price is known."""
-
-    price: Price | None
-    asked: int = 0
-    cached: int = 0
-    tokens: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    cost: float = 0.0
-    cost_of_cached: float = 0.0
-
-    def count(self, reply: Mapping[str, Any], cached: bool) -> None:
-        self.asked += not cached
-        self.cached += cached
-        if not cached:
-            self.tokens.update(reply["usage"])
-        dollars = self.price.cost(reply["usage"]) if self.price else 0.0
-        self.cost += 0.0 if cached else dollars
-        self.cost_of_cached += dollars if cached else 0.0
-
-
-async def judge_pairs(
-    pairs: Sequence[dict],
-    teacher: Teacher,
-    cache: Journal,
-    tally: Tally,
-    max_concurrency: int = 16,
-    max_cost_usd: float | None = None,
-) -> tuple[list[dict], list[dict]]:
+async def judge_pairs(pairs: Sequence[dict], replies: PaidReplies) -> tuple[list[dict], list[dict]]:
     """(annotations, failures) of `pairs`, in their order.
 
-    An annotation is the pair with `preference` (1, 1.5 or 2; between them where the teacher is asked for
+    An annotation is the pair with `preference` (1, 1.5 or 2; between them where the judge is asked for
     `top_logprobs`), `verdicts` (per order: which output won) and `annotator`; a failure is the pair with `failure` and
-    the `replies`. `cache` keeps the replies by the sha256 of all that decides them. Raises UserError where no request
-    can succeed, where soft verdicts are asked of a server without log-probabilities, and where the budget is spent;
-    the replies so far are on disk.
+    the `replies`. Raises UserError where no request can succeed, where soft verdicts are asked of a server without
+    log-probabilities, and where the budget is spent; the replies so far are on disk.
     """
     from tqdm import tqdm
 
-    turns = Turns(max_concurrency)
-    settings = {**teacher.settings, "max_tokens": teacher.max_tokens, "api": teacher.api}
-    soft = "top_logprobs" in teacher.settings
-    # A reply without the odds that soft verdicts are made of is asked for again.
-    known = {record["key"]: record for record in cache.records if not soft or record.get("first_token")}
-    odds_come = bool(known)
+    model, soft = replies.client.model, "top_logprobs" in replies.client.settings
+    odds_come = any(record.get("first_token") for record in replies.journal.records)
 
     async def reply_to(prompt: str) -> dict[str, Any]:
-        identity = [teacher.model, teacher.url, settings, PROMPT_VERSION, prompt]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         nonlocal odds_come
-        async with turns:
-            if key in known:
-                tally.count(known[key], cached=True)
-                return known[key]
-            if max_cost_usd is not None and tally.cost >= max_cost_usd:
-                raise UserError(
-                    f"the budget of ${max_cost_usd:g} is spent after {tally.asked} replies. They are kept in "
-                    f"{cache.path}; the same command with a higher --max_cost_usd goes on."
-                )
-            reply = await teacher.ask(prompt)
-            kept = {
-                "key": key,
-                "reply": reply.text,
-                "finish_reason": reply.finish_reason,
-                "usage": reply.usage,
-                "model": reply.model,
-                "seconds": reply.seconds,
-                "prompt_version": PROMPT_VERSION,
-                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
-            if soft:
-                kept["first_token"] = reply.first_token
-            await cache.append(kept)
-            known[key] = kept
-            tally.count(kept, cached=False)
-            odds_come = odds_come or bool(reply.first_token)
-            if soft and not odds_come:
-                raise UserError(f"{teacher.url} sends no log-probabilities of {teacher.model}: leave out --soft.")
-            return kept
+        reply = await replies.reply(prompt)
+        odds_come = odds_come or "first_token" in reply
+        if soft and not odds_come:
+            raise UserError(f"{replies.client.url} sends no log-probabilities of {model}: leave out --soft.")
+        return reply
 
     async def judge_one(pair: dict) -> dict:
         judged = await judge_both_orders(pair)
@@ -235,36 +171,36 @@ async def judge_pairs(
 
     async def judge_both_orders(pair: dict) -> dict:
         if pair["output_1"].strip() == pair["output_2"].strip():
-            return {**pair, "preference": 1.5, "verdicts": ["identical"] * 2, "annotator": teacher.model}
+            return {**pair, "preference": 1.5, "verdicts": ["identical"] * 2, "annotator": model}
         one, two = pair["output_1"], pair["output_2"]
-        replies, failure = [], None
+        verdicts, failure = [], None
         for prompt in (judge_prompt(pair, one, two), judge_prompt(pair, two, one)):
             try:
-                replies.append(await reply_to(prompt))
-            except AskError as error:
+                verdicts.append(await reply_to(prompt))
+            except RequestFailed as error:
                 failure = f"{error.kind}: {error}"
                 break
         if soft:
-            better = [soft_verdict(reply["first_token"] or {}) for reply in replies]
+            better = [soft_verdict(reply.get("first_token") or {}) for reply in verdicts]
         else:
-            better = [{"A": 1, "B": 2, "TIE": 1.5}.get(read_verdict(reply["reply"])) for reply in replies]
+            better = [{"A": 1, "B": 2, "TIE": 1.5}.get(read_verdict(reply["reply"])) for reply in verdicts]
         if failure is None and None in better:
             failure = "no verdict in the reply"
         if failure:
-            return {**pair, "failure": failure, "replies": [reply["reply"] for reply in replies]}
+            return {**pair, "failure": failure, "replies": [reply["reply"] for reply in verdicts]}
         better[1] = 3 - better[1]  # in the second order, answer A is output_2
         preference = sum(better) / 2
         return {
             **pair,
             "preference": preference if soft or better[0] == better[1] else 1.5,
             "verdicts": better,
-            "annotator": replies[0]["model"],
+            "annotator": verdicts[0]["model"],
             "prompt_version": PROMPT_VERSION,
-            "date": replies[1]["date"],
+            "date": verdicts[1]["date"],
         }
 
     with tqdm(total=len(pairs), unit="pair", disable=None) as bar:
-        judged = await turns.finish_all(map(judge_one, pairs))
+        judged = await replies.slots.run(map(judge_one, pairs))
     return [row for row in judged if "failure" not in row], [row for row in judged if "failure" in row]
 
 

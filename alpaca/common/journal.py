@@ -1,13 +1,11 @@
-"""Every reply of a run in a JSONL file, on disk before anything is made of it; one writer, torn lines mended.
+"""A JSONL file of paid or computed results: each record is on disk before anything is made of it.
 
-generate_instruction.py writes responses.jsonl with it, and makes all its other files from that again; inference.py and
-evaluation.py keep answers and verdicts the same way:
-
-    python generate_instruction.py rebuild --output_dir DIR                     # full scale: any journal
-    python -c "import reply_journal as j; print(len(j.read_records('DIR/responses.jsonl')))"       # one minute
+generate_instruction.py keeps replies and ratings in a Journal, evaluation.py a judge's replies, and answer_journal.py
+the answers of inference.py and evaluation.py.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -42,11 +40,11 @@ def _parse(content: bytes, path: str | os.PathLike) -> tuple[list[dict[str, Any]
     return records, whole
 
 
-class Journal:
-    """An open journal. `records` holds what is on disk; append adds to both, and returns when the disk has it.
+class Journal(contextlib.AbstractContextManager):
+    """An open journal. `records` holds what is on disk; appending adds to both.
 
-    `afresh`: forgets what stands there, however damaged. Raises UserError where another process has the journal open,
-    and where a line before the last is broken.
+    `afresh`: empties the file first, however damaged. Raises UserError where another process has the journal open,
+    where a line before the last is broken, and where the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, afresh: bool = False):
@@ -54,34 +52,51 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            # The kernel gives the lock back however the process ends, so no stale lock file can remain.
+            # The kernel releases the lock however the process ends, so no stale lock file can remain.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            if afresh:
+                os.ftruncate(self._file, 0)
+            fsync_dir(self.path.parent)
+            content = self.path.read_bytes()
+            self.records, whole = _parse(content, self.path)
+            if whole < len(content):
+                print(f"note: the last line of {self.path} was torn by a crash and is taken out.")
+                os.ftruncate(self._file, whole)
+                os.fsync(self._file)
+        except BlockingIOError as error:
             os.close(self._file)
             raise UserError(
                 f"another run is writing {self.path}. Wait for it, or choose another place for the output."
             ) from error
-        if afresh:
-            os.ftruncate(self._file, 0)
-        fsync_dir(self.path.parent)
-        content = self.path.read_bytes()
-        try:
-            self.records, whole = _parse(content, self.path)
-        except UserError:
+        except BaseException:
             os.close(self._file)
             raise
-        if whole < len(content):
-            print(f"note: the last line of {self.path} was torn by a crash and is taken out.")
-            os.ftruncate(self._file, whole)
-            os.fsync(self._file)
         self._lock = threading.Lock()
         self._waiting: list[asyncio.Future] = []
         self._syncer: asyncio.Task | None = None
 
     def append_now(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Writes records with one write and one sync."""
+        """Writes records with one write and one sync; returns when the disk has them."""
         self._write(records)
-        os.fsync(self._file)
+        self._sync()
+
+    async def append(self, record: Mapping[str, Any]) -> None:
+        """Writes a record at once, so that it outlives a kill of the process; returns when the disk has it.
+
+        Records that arrive during a sync, which may take seconds on a busy disk, share the next one.
+        """
+        self._write([record])
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        if self._syncer is None or self._syncer.done():
+            self._syncer = asyncio.create_task(self._sync_waiting())
+        await done
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __exit__(self, *_):
+        self.close()
 
     def _write(self, records: Iterable[Mapping[str, Any]]) -> None:
         records = [dict(record) for record in records]
@@ -89,37 +104,41 @@ class Journal:
         # A lone surrogate in a reply is no reason to lose it.
         data = memoryview(lines.encode("utf-8", errors="backslashreplace"))
         with self._lock:
-            while data:
-                data = data[os.write(self._file, data) :]
+            try:
+                while data:
+                    data = data[os.write(self._file, data) :]
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
             self.records.extend(records)
 
-    async def append(self, record: Mapping[str, Any]) -> None:
-        """Writes at once, which outlives a kill of the process; returns when the disk has it, as after a power cut.
-
-        Replies that arrive during a sync, which may take seconds on a busy disk, share the next one.
-        """
-        done = asyncio.get_running_loop().create_future()
+    def _sync(self) -> None:
         try:
-            self._write([record])
-            self._waiting.append(done)
-            if self._syncer is None or self._syncer.done():
-                self._syncer = asyncio.create_task(self._sync_waiting())
-            await done
-        except OSError as error:  # a full disk
-            raise UserError(f"{self.path} cannot be written: {error}") from error
+            os.fsync(self._file)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
 
     async def _sync_waiting(self) -> None:
         while self._waiting:
             together, self._waiting = self._waiting, []
             error = None
             try:
-                await asyncio.to_thread(os.fsync, self._file)
-            except OSError as caught:
+                await asyncio.to_thread(self._sync)
+            except UserError as caught:
                 error = caught
             for done in together:
-                if done.cancelled():
-                    continue
-                done.set_exception(error) if error else done.set_result(None)
+                if not done.cancelled():
+                    done.set_exception(error) if error else done.set_result(None)
 
-    def close(self) -> None:
-        os.close(self._file)
+
+def changed_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that differ, each with both values in words: {"seed": "1, now 2"}."""
+    return {
+        name: f"{_short(earlier.get(name))}, now {_short(now.get(name))}"
+        for name in {**earlier, **now}
+        if earlier.get(name) != now.get(name)
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]!r}..."

@@ -16,6 +16,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import jdump, refuse_existing, write_jsonl
 from alpaca.common.tasks import read_rows, read_task
 from alpaca.generation.filters import find_task_header, instruction_problem, is_no_input, output_problem
+from alpaca.generation.rouge import first_repeats
 
 FIELDS = ("instruction", "input", "output")
 NO_INPUT = 'input: "no input" in some spelling'
@@ -106,8 +107,6 @@ def inspect_rows(
     the row (the first is 1) and the faulty text of each; duplicates also name the earlier row, its text and the F1.
     Duplicates are sought among all readable rows, or with `duplicates_among_good` among those without another fault.
     """
-    from alpaca.generation.rouge import first_repeats
-
     if not 0 <= threshold < 1:
         raise UserError(f"--threshold is a ROUGE-L F1 that duplicates exceed, from 0 to below 1; got {threshold}.")
     begin = time.perf_counter()

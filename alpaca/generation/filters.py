@@ -1,13 +1,9 @@
-"""The rules that decide whether one generated task (instruction, input, output) may enter a data set.
-
-Pure functions on texts, used while generating (generate_instruction.py) and on finished files (data_check.py):
-
-    python generate_instruction.py check alpaca_data.json                        # full scale: any data set
-    python -c "import task_filters; print(task_filters.instruction_problem('Draw a cat with wings'))"   # one minute
-"""
+"""The rules that decide whether one generated task (instruction, input, output) may enter a data set."""
 
 import re
 import string
+
+from alpaca.generation.rouge import unicode_tokens
 
 # What a model that reads and writes text cannot serve: things to look at, to listen to, to open, to draw.
 BLOCKED_WORDS = (
@@ -87,8 +83,6 @@ def instruction_problem(text, any_language=False):
     written without spaces as words, so that Chinese, Japanese or Thai instructions can pass.
     """
     if any_language:
-        from alpaca.generation.rouge import unicode_tokens
-
         words = len(unicode_tokens(text))
     else:
         words = len(text.split())

@@ -1,127 +1,220 @@
 """From raw replies to kept tasks: parse, filter, deduplicate, in the order of the requests. The same journal gives the
 same files, byte for byte, whenever and wherever it is read.
-
-    python generate_instruction.py rebuild --output_dir DIR           # full scale: all files of a run from its journal
-    python -c "import task_harvest; help(task_harvest.Harvest)"       # one minute
 """
 
+import dataclasses
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alpaca.generation.filters import instruction_problem, normalize_input, output_problem
 from alpaca.generation.parsing import parse_reply
+from alpaca.generation.rouge import RougeLIndex
+from alpaca.generation.settings import GenerationSettings
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F1; an instruction that is more similar to any kept one is a duplicate
 MOST_SIMILAR = 10  # how many neighbours regen.json names
 CUT_OFF = ("length", "content_filter")  # finish reasons that leave the last task unfinished
 
 
+@dataclasses.dataclass
+class Candidate:
+    """A task read from a reply. `reason` says why it is rejected; None where it is not, or not yet."""
+
+    request: int
+    part: int  # its place in the reply
+    instruction: str
+    input: str
+    output: str
+    reason: str | None = None
+    nearest: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # texts and F1, most similar first
+    average: float = 0.0  # F1 over the pool
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.request, self.part
+
+    def rejection(self) -> dict[str, Any]:
+        """The row of rejections.jsonl."""
+        row = {name: getattr(self, name) for name in ("reason", "request", "part", "instruction", "input", "output")}
+        if self.reason == DUPLICATE:
+            row["similar_to"], row["similarity"] = self.nearest[0]
+        return row
+
+    def task(self) -> dict[str, Any]:
+        """The row of regen.json."""
+        return {
+            "instruction": self.instruction,
+            "input": self.input,
+            "output": self.output,
+            "most_similar_instructions": dict(self.nearest),
+            "avg_similarity_score": self.average,
+        }
+
+
+DUPLICATE = "too similar to an earlier instruction"
+
+
+def read_candidates(
+    reply: Mapping[str, Any], answer_separately: bool = False, unicode_dedup: bool = False
+) -> list[Candidate]:
+    """The tasks of a reply in its order, those that the filters refuse with their reason.
+
+    reply: a journal's record, of which `index`, `text`, `first_number` and `finish_reason` count.
+    """
+    text = reply["text"].encode("utf-8", "replace").decode()  # a lone surrogate could not be written to a file
+    cut = reply["finish_reason"] in CUT_OFF
+    found = []
+    for part, task in enumerate(parse_reply(text, reply["first_number"], cut, not answer_separately)):
+        reason = task.problem or instruction_problem(task.instruction, unicode_dedup)
+        if not reason and not answer_separately:
+            reason = output_problem(task.instruction, task.output)
+        found.append(
+            Candidate(reply["index"], part, task.instruction, normalize_input(task.input), task.output, reason)
+        )
+    return found
+
+
 class Harvest:
-    """Kept tasks and rejections of a run's replies.
+    """The kept tasks and the rejections of a run's replies.
+
+    Records are added in any order. Replies are read in the order of their requests, and a reply's tasks are kept or
+    rejected when the separate answers to all of them are there (at once where none are asked for).
 
     seeds: tasks whose instructions are in the pool from the start. imported: rows of an earlier regen.json, kept as
-    they are. target: how many tasks to keep in all; replies beyond it change nothing. settings: `unicode_dedup`,
-    `answer_separately`.
-
-    `read(reply)` is called once for each reply, in the order of request indices, and gives its entries; `settle(entry)`
-    once for each entry, in the same order. tasks: rows of regen.json. rejections: rows of rejections.jsonl.
+    they are. target: how many tasks to keep in all; replies beyond it change nothing.
     """
 
     def __init__(
-        self, seeds: Sequence[Mapping], settings: Mapping[str, Any], target: int, imported: Iterable[Mapping] = ()
+        self, seeds: Sequence[Mapping], settings: GenerationSettings, target: int, imported: Iterable[Mapping] = ()
     ):
-        from alpaca.generation.rouge import RougeLIndex
-
         self.settings, self.target = settings, target
-        self.tasks: list[dict[str, Any]] = [dict(task) for task in imported]
+        self.tasks: list[dict[str, Any]] = [dict(task) for task in imported]  # rows of regen.json
         self.imported = len(self.tasks)
-        self.rejections: list[dict[str, Any]] = []
-        self.parsed = 0
-        self.kept_after: list[int] = []  # number of kept tasks after request 0, 1, ... was settled
+        self.rejections: list[dict[str, Any]] = []  # rows of rejections.jsonl
+        self.read = 0  # tasks found in replies
+        self.kept_after: list[int] = []  # how many tasks are kept after this shard's first, second, ... request
         self.index = RougeLIndex(
             [seed["instruction"] for seed in seeds] + [task["instruction"] for task in self.tasks],
-            unicode_dedup=bool(settings.get("unicode_dedup")),
+            unicode_dedup=settings.unicode_dedup,
         )
+        self._replies: dict[int, Mapping[str, Any]] = {}  # not read yet, by request
+        self._answers: dict[tuple[int, int], Mapping[str, Any]] = {}
+        self._undecided: deque[tuple[Mapping, list[Candidate]]] = deque()  # replies that are read
 
     @property
     def full(self) -> bool:
         return len(self.tasks) >= self.target
 
-    def read(self, reply: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The reply's tasks as entries: candidates, and rejections (with a "reason"), in the reply's order."""
-        if "text" not in reply:
+    def add(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes replies and answers from the journal; other records are passed over."""
+        for record in records:
+            if record["kind"] == "reply":
+                self._replies[record["index"]] = record
+            elif record["kind"] == "answer":
+                self._answers[record["index"], record["part"]] = record
+
+    @property
+    def next_request(self) -> int:
+        """The request whose reply is read next."""
+        return self.settings.shard.item(len(self.kept_after) + len(self._undecided))
+
+    @property
+    def next_has_come(self) -> bool:
+        return not self.full and self.next_request in self._replies
+
+    def compare_next(self) -> list[Candidate]:
+        """The tasks of the next reply, those that are new added to the pool. `take` must follow."""
+        reply = self._replies[self.next_request]
+        if "text" not in reply:  # a failed request
             return []
-        outputs = not self.settings.get("answer_separately")
-        text = reply["text"].encode("utf-8", "replace").decode()  # a lone surrogate could not be written to a file
-        parsed = parse_reply(text, reply["first_number"], reply["finish_reason"] in CUT_OFF, outputs)
-        entries = []
-        for part, task in enumerate(parsed):
-            entry = {"request": reply["index"], "part": part, "instruction": task.instruction}
-            entry |= {"input": normalize_input(task.input), "output": task.output}
-            reason = task.problem or instruction_problem(task.instruction, bool(self.settings.get("unicode_dedup")))
-            if not reason and outputs:
-                reason = output_problem(task.instruction, task.output)
-            entries.append(self._reject(entry, reason) if reason else self._compare(entry))
-        return entries
+        candidates = read_candidates(reply, self.settings.answer_separately, self.settings.unicode_dedup)
+        for candidate in candidates:
+            if not candidate.reason:
+                self._compare(candidate)
+        return candidates
 
-    def _compare(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Adds the similarity figures, and the instruction to the pool unless it is a duplicate."""
-        scores = self.index.scores(entry["instruction"])
-        nearest = self.index.top(entry["instruction"], MOST_SIMILAR, scores)
-        if nearest and nearest[0][1] > MAX_SIMILARITY:
-            entry |= {"similar_to": nearest[0][0], "similarity": nearest[0][1]}
-            return self._reject(entry, "too similar to an earlier instruction")
-        self.index.add(entry["instruction"])
-        average = float(scores.mean()) if len(scores) else 0.0
-        return entry | {"most_similar_instructions": dict(nearest), "avg_similarity_score": average}
+    def _compare(self, candidate: Candidate) -> None:
+        scores = self.index.scores(candidate.instruction)
+        candidate.nearest = self.index.top(candidate.instruction, MOST_SIMILAR, scores)
+        if candidate.nearest and candidate.nearest[0][1] > MAX_SIMILARITY:
+            candidate.reason = DUPLICATE
+            return
+        candidate.average = float(scores.mean()) if len(scores) else 0.0
+        self.index.add(candidate.instruction)
 
-    @staticmethod
-    def _reject(entry: Mapping[str, Any], reason: str) -> dict[str, Any]:
-        return {"reason": reason, **entry}
+    def take(self, candidates: list[Candidate]) -> None:
+        """Puts the tasks that compare_next read behind those that wait to be decided."""
+        self._undecided.append((self._replies.pop(self.next_request), candidates))
 
-    def settle(self, entry: Mapping[str, Any], answer: Mapping[str, Any] | None = None) -> bool:
-        """Keeps or rejects one entry; `answer` is the record of its own answer where these are asked for separately.
+    def needs_answer(self, candidate: Candidate) -> bool:
+        """Whether a task waits for its separately asked answer."""
+        return self.settings.answer_separately and not candidate.reason and candidate.key not in self._answers
 
-        True where a task was kept.
+    @property
+    def awaiting(self) -> int:
+        """Tasks that may be kept when their replies are decided."""
+        return sum(not candidate.reason for _, candidates in self._undecided for candidate in candidates)
+
+    @property
+    def unread(self) -> int:
+        return len(self._replies)
+
+    def decide(self, without_answers: bool = False) -> Iterator[tuple[Mapping[str, Any], int]]:
+        """Keeps or rejects the tasks of each reply whose answers are there; yields the reply and how many were kept.
+
+        without_answers: tasks whose answer has not come are left out.
         """
+        while self._undecided and not self.full:
+            reply, candidates = self._undecided[0]
+            if not without_answers and any(map(self.needs_answer, candidates)):
+                return
+            before = len(self.tasks)
+            for candidate in candidates:
+                if not self.needs_answer(candidate):
+                    self._decide_task(candidate)
+            self._undecided.popleft()
+            self.kept_after.append(len(self.tasks))
+            yield reply, len(self.tasks) - before
+
+    def _decide_task(self, candidate: Candidate) -> None:
         if self.full:
-            return False
-        self.parsed += 1
-        if "reason" not in entry and self.settings.get("answer_separately"):
-            entry = {**entry, "output": self._answer_text(answer)}
-            if reason := self._answer_problem(entry, answer):
-                figures = ("most_similar_instructions", "avg_similarity_score")
-                entry = self._reject({k: v for k, v in entry.items() if k not in figures}, reason)
-        if "reason" in entry:
-            self.rejections.append(dict(entry))
-            return False
-        fields = ("instruction", "input", "output", "most_similar_instructions", "avg_similarity_score")
-        self.tasks.append({field: entry[field] for field in fields})
-        return True
+            return
+        self.read += 1
+        if not candidate.reason and self.settings.answer_separately:
+            answer = self._answers.pop(candidate.key)
+            candidate.output = answer.get("text", "").encode("utf-8", "replace").decode().strip()
+            candidate.reason = answer_problem(candidate, answer)
+        if candidate.reason:
+            self.rejections.append(candidate.rejection())
+        else:
+            self.tasks.append(candidate.task())
 
-    @staticmethod
-    def _answer_text(answer: Mapping[str, Any] | None) -> str:
-        return (answer or {}).get("text", "").encode("utf-8", "replace").decode().strip()
-
-    @staticmethod
-    def _answer_problem(entry: Mapping[str, Any], answer: Mapping[str, Any] | None) -> str | None:
-        if answer is None or "text" not in answer:
-            return "no answer"
-        if answer["finish_reason"] in CUT_OFF:
-            return "answer cut off"
-        return output_problem(entry["instruction"], entry["output"])
+    def read_rest(self) -> "Harvest":
+        """Reads all replies that are there. Requests without a reply and tasks without their answer change nothing."""
+        for _ in self.decide(without_answers=True):
+            pass
+        for index in sorted(self._replies):
+            if self.full:
+                break
+            skipped = self.settings.shard.position(index) - len(self.kept_after)
+            self.kept_after.extend([len(self.tasks)] * skipped)
+            self.take(self.compare_next())
+            for _ in self.decide(without_answers=True):
+                pass
+        return self
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def files(self) -> dict[str, str]:
-        """The text of each file that follows from the replies, by file name."""
-        rows = [{field: task[field] for field in ("instruction", "input", "output")} for task in self.tasks]
+    def files(self) -> dict[str, Iterable[str]]:
+        """The text of each file that follows from the replies, in pieces, by file name."""
+        tasks, rejections = list(self.tasks), list(self.rejections)  # a run goes on while they are written
+        rows = ({field: task[field] for field in ("instruction", "input", "output")} for task in tasks)
         return {
-            "regen.json": json.dumps(self.tasks, indent=4, ensure_ascii=False) + "\n",
-            "alpaca_data.json": json.dumps(rows, indent=4, ensure_ascii=False) + "\n",
-            "rejections.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rejections),
+            "regen.json": _json_list(tasks),
+            "alpaca_data.json": _json_list(rows),
+            "rejections.jsonl": (json.dumps(row, ensure_ascii=False) + "\n" for row in rejections),
         }
 
     def reasons(self) -> Counter[str]:
@@ -138,34 +231,39 @@ class Harvest:
         return sorted(pairs, key=lambda pair: -pair[0])[:count]
 
 
-def replies_in_order(records: Iterable[Mapping]) -> Iterator[Mapping[str, Any]]:
-    """The journal's replies (and failed requests) by request index."""
-    return iter(sorted((r for r in records if r["kind"] == "reply"), key=lambda record: record["index"]))
+def answer_problem(candidate: Candidate, answer: Mapping[str, Any]) -> str | None:
+    """Why a task cannot stay with the answer that was asked for separately; None where it can."""
+    if "text" not in answer:
+        return "no answer"
+    if answer["finish_reason"] in CUT_OFF:
+        return "answer cut off"
+    return output_problem(candidate.instruction, candidate.output)
 
 
-def answers_of(records: Iterable[Mapping]) -> dict[tuple[int, int], Mapping[str, Any]]:
-    """The journal's separately asked answers by (request index, part)."""
-    return {(r["index"], r["part"]): r for r in records if r["kind"] == "answer"}
+def _json_list(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """json.dumps(list(rows), indent=4, ensure_ascii=False) and a line end, row by row."""
+    begin = "[\n    "
+    for row in rows:
+        yield begin + json.dumps(row, indent=4, ensure_ascii=False).replace("\n", "\n    ")
+        begin = ",\n    "
+    yield "[]\n" if begin.startswith("[") else "\n]\n"
+
+
+def run_records(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A journal's records of how its runs were started."""
+    return [record for record in records if record["kind"] == "run"]
+
+
+def empty_harvest(records: Iterable[Mapping[str, Any]]) -> Harvest:
+    """A harvest with a journal's settings and nothing read yet."""
+    runs = run_records(records)
+    seeds = next(record["seeds"] for record in reversed(runs) if "seeds" in record)
+    settings = GenerationSettings.from_record(runs[-1]["settings"])
+    return Harvest(seeds, settings, runs[-1]["target"], runs[0].get("imported", ()))
 
 
 def harvest_journal(records: Sequence[Mapping[str, Any]]) -> Harvest:
-    """What a journal's records come to: every reply that is there, in the order of request indices.
-
-    Requests that were still under way when the run ended leave no trace here; the run asks them first when it goes on.
-    """
-    runs = [record for record in records if record["kind"] == "run"]
-    seeds = next(record["seeds"] for record in reversed(runs) if "seeds" in record)
-    harvest = Harvest(seeds, runs[-1]["settings"], runs[-1]["target"], runs[0].get("imported", ()))
-    answers = answers_of(records)
-    separate = runs[-1]["settings"].get("answer_separately")
-    for reply in replies_in_order(records):
-        if harvest.full:
-            break
-        # A request without a trace changed nothing.
-        harvest.kept_after.extend([len(harvest.tasks)] * (reply["index"] - len(harvest.kept_after)))
-        for entry in harvest.read(reply):
-            answer = answers.get((entry["request"], entry["part"]))
-            if "reason" in entry or answer or not separate:
-                harvest.settle(entry, answer)
-        harvest.kept_after.append(len(harvest.tasks))
-    return harvest
+    """What a journal's records come to: every reply that is there, in the order of request indices."""
+    harvest = empty_harvest(records)
+    harvest.add(records)
+    return harvest.read_rest()

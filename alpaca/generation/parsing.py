@@ -1,25 +1,9 @@
-"""Prompt text out, tasks in: writes the generation prompt and reads a teacher's reply as a careful person would.
-
-Pure functions on texts; generate_instruction.py asks and keeps, this file only writes and reads:
-
-    python generate_instruction.py rebuild --output_dir DIR         # full scale: reads every kept reply of a run again
-    python -c "import task_parsing as t; print(t.parse_reply('Name two planets.\n4. Output:\nMars, Venus', 4))"
-"""
+"""Reads the tasks of a model's reply, whatever style it numbers and labels them in."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
-
-from alpaca.common.paths import ROOT
-
-PROMPT_FILE = ROOT / "prompt.txt"
-
-# The first half of --answer_separately: tasks without their answers, in few words, for teachers that lose the thread.
-INSTRUCTIONS_PROMPT = (
-    "Here is a list of {num_tasks} different tasks that people gave to a helpful assistant. Each task can be done by "
-    "reading and writing text alone. Input is the text that the instruction speaks of, or <noinput>."
-)
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -31,31 +15,6 @@ class ParsedTask:
     input: str
     output: str
     problem: str | None = None
-
-
-def encode_prompt(
-    prompt_instructions: Sequence[Mapping], prompt_text: str | None = None, num_tasks: int = 20, outputs: bool = True
-) -> str:
-    """The generation prompt: the text, the example tasks (instruction, input, output), and the next task's header.
-
-    `prompt_text` defaults to prompt.txt; {num_tasks} in it is replaced. `outputs=False` leaves the answers out, for
-    teachers that are asked for instructions first.
-    """
-    text = PROMPT_FILE.read_text(encoding="utf-8") if prompt_text is None else prompt_text
-    prompt = text.replace("{num_tasks}", str(num_tasks)) + "\n"
-    for number, task in enumerate(prompt_instructions, start=1):
-        instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
-        context = "<noinput>" if task["input"] == "" else task["input"]
-        prompt += f"###\n{number}. Instruction: {instruction}\n{number}. Input:\n{context}\n"
-        if outputs:
-            prompt += f"{number}. Output:\n{task['output']}\n"
-    return prompt + f"###\n{len(prompt_instructions) + 1}. Instruction:"
-
-
-def next_list_header(num_tasks: int) -> str:
-    """The stop string for completion models: the header of a task beyond the list. It can begin no line of an answer
-    that the parser would have kept, since at a line's start it begins the next task."""
-    return f"\n{num_tasks + 1}. Instruction:"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

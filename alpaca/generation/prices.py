@@ -1,15 +1,9 @@
-"""Model names, prices and shutdown dates: configs/prices.json and configs/retired_models.json as functions.
-
-generate_instruction.py plans and counts with it; nothing here asks a server:
-
-    python generate_instruction.py --dry_run True --num_instructions_to_generate 52000                 # full scale
-    python -c "import model_catalog as m; print(m.find_price(m.DEFAULT_MODEL))"                        # one minute
-"""
+"""What replies cost: the price table configs/prices.json, and the budget of a run."""
 
 import dataclasses
-import datetime
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload
@@ -20,8 +14,6 @@ from alpaca.common.paths import ROOT
 # would be billed and would count towards the length limit.
 DEFAULT_MODEL = "gpt-6-luna"
 DEFAULT_MODEL_EFFORT = "none"
-
-_CONFIGS = ROOT / "configs"
 
 
 @dataclasses.dataclass
@@ -41,6 +33,17 @@ class Price:
         return dollars / 1e6 * (self.batch_factor if batch else 1.0)
 
 
+def find_price(model: str, price_input: float | None = None, price_output: float | None = None) -> Price | None:
+    """The model's price from the flags or configs/prices.json (dated snapshots cost what their family costs)."""
+    table = jload(ROOT / "configs" / "prices.json")
+    if (price_input is None) != (price_output is None):
+        raise UserError("--price_input and --price_output (USD per million tokens) go together.")
+    if price_input is not None:
+        return Price(float(price_input), float(price_output), batch_factor=table["batch_factor"])
+    known = table["models"].get(model) or table["models"].get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
+    return Price(**known, batch_factor=table["batch_factor"]) if known else None
+
+
 def price_for(
     model: str, price_input: float | None, price_output: float | None, max_cost_usd: float | None
 ) -> Price | None:
@@ -54,34 +57,38 @@ def price_for(
     return price
 
 
-def find_price(model: str, price_input: float | None = None, price_output: float | None = None) -> Price | None:
-    """The model's price from the flags or configs/prices.json (dated snapshots cost what their family costs)."""
-    table = jload(_CONFIGS / "prices.json")
-    if (price_input is None) != (price_output is None):
-        raise UserError("--price_input and --price_output (USD per million tokens) go together.")
-    if price_input is not None:
-        return Price(float(price_input), float(price_output), batch_factor=table["batch_factor"])
-    known = table["models"].get(model) or table["models"].get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
-    return Price(**known, batch_factor=table["batch_factor"]) if known else None
+@dataclasses.dataclass
+class Budget:
+    """US dollars that replies have cost, that requests under way may cost, and that may be spent in all.
 
+    All amounts stay 0 where the price is unknown. A server that ignores `max_tokens` sends replies that cost more than
+    was reserved for them; later requests reserve as much as the longest reply cost.
+    """
 
-def check_retired(model: str) -> None:
-    """Raises UserError for a model that OpenAI has shut down, warns about one that it will shut down."""
-    table = jload(_CONFIGS / "retired_models.json")
-    date = next((day for day, names in table.items() if isinstance(names, list) and model in names), None)
-    judge_shutdown(model, date)
+    price: Price | None = None
+    limit: float | None = None
+    spent: float = 0.0
+    reserved: float = 0.0
+    longest_reply: int = 0  # tokens
 
+    def count(self, record: Mapping[str, Any]) -> None:
+        """Adds what a journal's record cost, where it is a reply."""
+        if self.price and "usage" in record:
+            self.spent += self.price.cost(record["usage"], record.get("batch", False))
+            self.longest_reply = max(self.longest_reply, record["usage"]["completion"])
 
-def judge_shutdown(model: str, date: str | None) -> None:
-    if date and date <= datetime.date.today().isoformat():
-        raise UserError(
-            f"OpenAI shut down {model} on {date}. Use --model_name {DEFAULT_MODEL}, or give --base_url if {model} is "
-            "served elsewhere."
-        )
-    if date:
-        print(f"note: OpenAI will shut down {model} on {date}; {DEFAULT_MODEL} is the current small model.")
+    def most(self, prompt: str, max_tokens: int | None, batch: bool = False) -> float:
+        """The most that a request is expected to cost."""
+        if self.price is None:
+            return 0.0
+        usage = {"prompt": estimate_tokens(prompt), "completion": max(max_tokens or 0, self.longest_reply)}
+        return self.price.cost(usage, batch)
+
+    def affords(self, dollars: float) -> bool:
+        """Whether so much can be reserved beside what is spent and reserved already."""
+        return self.limit is None or self.spent + self.reserved + dollars <= self.limit
 
 
 def estimate_tokens(text: str) -> int:
     """A cautious guess without a tokenizer: English has about four characters a token, other scripts fewer."""
-    return len(text.encode("utf-8")) // 4 + 8
+    return len(text.encode("utf-8", "replace")) // 4 + 8

@@ -1,417 +1,307 @@
-"""The asking part of generate_instruction.py: which request is next, how many at a time, when it is enough.
-
-python generate_instruction.py --num_instructions_to_generate 52000 --output_dir DIR               # full scale
-python generate_instruction.py --num_instructions_to_generate 20 --base_url http://127.0.0.1:8080/v1   # one minute
-"""
+"""Asks requests at the same time: which one is next, how many at a time, when it is enough."""
 
 import asyncio
-import hashlib
-import random
-import sys
-import threading
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_write
-from alpaca.common.journal import Journal
-from alpaca.generation.harvest import Harvest, answers_of, harvest_journal, replies_in_order
-from alpaca.generation.parsing import encode_prompt, next_list_header
-from alpaca.generation.prices import Price, estimate_tokens
-from alpaca.generation.teacher import AskError, Reply, Teacher
+from alpaca.common.journal import Journal, changed_settings
+from alpaca.common.run_record import sha256_file
+from alpaca.common.tasks import load_tasks
+from alpaca.generation.client import ModelClient, Reply, RequestFailed, on_interrupt
+from alpaca.generation.harvest import Candidate, Harvest, harvest_journal, run_records
+from alpaca.generation.output import OutputFiles
+from alpaca.generation.prices import Budget
+from alpaca.generation.prompting import Prompter, answer_prompt
+from alpaca.generation.settings import GenerationSettings, Limits
+from alpaca.generation.summary import Progress, empty_replies
 
-WRITE_EVERY = 60.0  # seconds between two writings of the final files, at least; more where writing them takes long
-FAILURES_IN_A_ROW = 20  # requests that fail one after another before the server counts as down
+# How many requests may fail one after another before the run stops: a server that is down comes back, one that answers
+# with something else than replies does not.
+FAILURES_IN_A_ROW = 20
+FEW_IN_A_ROW = 5
+STOP_AFTER_FEW = ("unreadable reply", "empty reply")
 
 
-class Prompter:
-    """Draws the examples of request `index` from `seed` and `index` alone, so that a run can be repeated.
+def begin_or_go_on(
+    journal: Journal, settings: GenerationSettings, seeds: Sequence[Mapping], target: int, change_settings: bool
+) -> None:
+    """Writes this run's settings into the journal, and imports a regen.json of the original script into a new one.
 
-    With `sample_from_generated` K, up to K examples come from the tasks that were kept from requests up to
-    index - sample_lag: whatever the concurrency, these are settled before the prompt is made.
+    Raises UserError where the folder's replies were made with other settings.
     """
-
-    def __init__(self, seeds: Sequence[Mapping], settings: Mapping[str, Any], prompt_text: str):
-        self.seeds, self.settings, self.prompt_text = seeds, settings, prompt_text
-        self.first_number = settings["num_prompt_instructions"] + 1
-        self.outputs = not settings["answer_separately"]
-
-    def examples(self, index: int, machine_tasks: Sequence[Mapping]) -> tuple[list[Mapping], list[str]]:
-        """The example tasks and their names: a seed's id, or "generated:ROW"."""
-        rng = random.Random(f"{self.settings['seed']}:{index}")
-        wanted = self.settings["num_prompt_instructions"]
-        machine = rng.sample(range(len(machine_tasks)), min(self.settings["sample_from_generated"], len(machine_tasks)))
-        chosen = [(machine_tasks[row], f"generated:{row}") for row in machine]
-        for number in rng.sample(range(len(self.seeds)), wanted - len(chosen)):
-            chosen.append((self.seeds[number], self.seeds[number]["id"]))
-        rng.shuffle(chosen)
-        return [task for task, _ in chosen], [name for _, name in chosen]
-
-    def prompt(self, index: int, machine_tasks: Sequence[Mapping]) -> tuple[str, list[str]]:
-        tasks, names = self.examples(index, machine_tasks)
-        text = encode_prompt(tasks, self.prompt_text, self.settings["num_tasks_per_request"], self.outputs)
-        return text, names
-
-
-def answer_prompt(entry: Mapping[str, Any]) -> str:
-    """What a chat model is asked when a task gets its answer separately: the instruction, and the input below it."""
-    return f"{entry['instruction']}\n\n{entry['input']}" if entry["input"] else entry["instruction"]
-
-
-class GenerationRun:
-    """One run: asks, journals, harvests and writes until the target, the budget or the teacher's ideas are reached.
-
-    limits: `max_concurrency`, `max_cost_usd` (None: none), `max_requests_without_new`,
-    `expected_tasks_per_request`. After `await run()`, `why` says why it ended; a UserError of the teacher is raised
-    only when everything is written.
-    """
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        journal: Journal,
-        harvest: Harvest,
-        prompter: Prompter,
-        price: Price | None,
-        limits: Mapping[str, Any],
-        writer: "FileWriter",
-        progress: "Progress",
-    ):
-        self.teacher, self.journal, self.harvest, self.prompter = teacher, journal, harvest, prompter
-        self.price, self.limits, self.writer, self.progress = price, limits, writer, progress
-        self.settings = prompter.settings
-        self.why: str | None = None
-        self.error: BaseException | None = None
-        self.asked = 0  # requests of this run
-        self.failed = 0
-        self._failures_in_a_row = 0
-        self._without_new = 0
-        self.spent = journal_cost(journal.records, price)
-        self._reserved = 0.0  # the most that the requests under way can cost
-        self._under_way: set[asyncio.Task] = set()
-        self._changed = asyncio.Event()
-        self._harvest_event = asyncio.Event()
-
-        # Replies arrive in any order and are harvested by index.
-        self._arrived = {record["index"]: record for record in replies_in_order(journal.records)}
-        self._of_earlier_runs = set(self._arrived)
-        self._answers = answers_of(journal.records)
-        last = max(self._arrived, default=-1)
-        self._missing = deque(index for index in range(last + 1) if index not in self._arrived)
-        self._next_index = last + 1
-        self._to_read = 0  # the next index to parse
-        self._open: deque[tuple[int, list[dict]]] = deque()  # parsed replies whose entries are not all settled
-        self._to_answer: deque[dict] = deque()
-        self._answers_under_way = 0
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The loop.
-
-    async def run(self) -> None:
-        harvester = asyncio.create_task(self._harvest_forever())
-        harvester.add_done_callback(lambda _: self._changed.set())
-        try:
-            while self._harvestable() and not harvester.done():  # what an earlier run left comes before new requests
-                await self._changed.wait()
-                self._changed.clear()
-            while True:
-                while len(self._under_way) < self.limits["max_concurrency"]:
-                    job = self._next_job()
-                    if job is None:
-                        break
-                    self._start(job)
-                if not self._under_way and not self._harvestable():
-                    break
-                await self._changed.wait()
-                self._changed.clear()
-                if harvester.done():
-                    harvester.result()
-        except asyncio.CancelledError:  # Ctrl-C: what is under way is given up, what is on disk stays
-            for task in self._under_way:
-                task.cancel()
-            raise
-        finally:
-            harvester.cancel()
-        if self.why is None:
-            self.why = "target reached" if self.harvest.full else "nothing left to ask"
-        if not self.harvest.full and (self._open or len(self._arrived) > self._to_read):
-            # Stopped with requests unanswered: the replies behind them count too.
-            self.harvest = await asyncio.to_thread(harvest_journal, list(self.journal.records))
-        await asyncio.to_thread(self.writer.write, self.harvest)
-
-    def _next_job(self) -> tuple | None:
-        """("answer", entry) or ("reply", index, prompt, example names), or None where nothing should be asked now."""
-        if self.why or self.harvest.full:
-            return None
-        if self._to_answer:
-            entry = self._to_answer[0]
-            enough = len(self.harvest.tasks) + self._answers_under_way >= self.harvest.target
-            if enough or not self._affordable(answer_prompt(entry)):
-                return None
-            self._to_answer.popleft()
-            return "answer", entry
-        if not self._missing and self._expected() >= self.harvest.target:
-            return None
-        index = self._missing[0] if self._missing else self._next_index
-        settled = len(self.harvest.kept_after)
-        machine = []
-        if self.settings["sample_from_generated"]:
-            settled_needed = index - self.settings["sample_lag"] + 1
-            if settled_needed > settled:
-                return None
-            kept = self.harvest.kept_after[settled_needed - 1] if settled_needed > 0 else self.harvest.imported
-            machine = self.harvest.tasks[:kept]
-        prompt, names = self.prompter.prompt(index, machine)
-        if not self._affordable(prompt):
-            return None
-        if self._missing:
-            self._missing.popleft()
-        else:
-            self._next_index += 1
-        return "reply", index, prompt, names
-
-    def _expected(self) -> float:
-        """Tasks that will be kept when all that is asked has been answered."""
-        replies = len(self.harvest.kept_after)
-        kept = len(self.harvest.tasks)
-        a_reply = (kept - self.harvest.imported + self.limits["expected_tasks_per_request"]) / (replies + 1)
-        requests = len(self._under_way) - self._answers_under_way
-        unread = len(self._arrived) - self._to_read
-        answering = sum("reason" not in entry for _, entries in self._open for entry in entries)
-        return kept + answering + (requests + unread) * a_reply
-
-    def _affordable(self, prompt: str) -> bool:
-        if self.limits["max_cost_usd"] is None:
-            return True
-        if self.spent + self._reserved + self._most(prompt) <= self.limits["max_cost_usd"]:
-            return True
-        if not self._under_way:
-            self.why = "budget"
-        return False
-
-    def _most(self, prompt: str) -> float:
-        """The most that a request can cost, in US dollars."""
-        if self.price is None:
-            return 0.0
-        return self.price.cost({"prompt": estimate_tokens(prompt), "completion": self.teacher.max_tokens})
-
-    def _start(self, job: tuple) -> None:
-        prompt = answer_prompt(job[1]) if job[0] == "answer" else job[2]
-        self.asked += 1
-        self._answers_under_way += job[0] == "answer"
-        most = self._most(prompt)
-        self._reserved += most
-        task = asyncio.create_task(self._ask(job, prompt))
-        self._under_way.add(task)
-
-        def done(task: asyncio.Task) -> None:
-            self._under_way.discard(task)
-            self._reserved -= most
-            self._answers_under_way -= job[0] == "answer"
-            if not task.cancelled() and task.exception():
-                self._stop("error", task.exception())
-            self._changed.set()
-
-        task.add_done_callback(done)
-
-    def _stop(self, why: str, error: BaseException | None = None) -> None:
-        self.why = self.why or why
-        self.error = self.error or error
-        self._changed.set()
-
-    async def _ask(self, job: tuple, prompt: str) -> None:
-        """Asks one request and has its reply on disk before anything else happens to it."""
-        if job[0] == "answer":
-            record = {"kind": "answer", "index": job[1]["request"], "part": job[1]["part"]}
-            message, stop = [{"role": "user", "content": prompt}], None
-        else:
-            record = {"kind": "reply", "index": job[1], "examples": job[3]}
-            record["first_number"] = self.prompter.first_number
-            message, stop = prompt, [next_list_header(self.settings["num_tasks_per_request"])]
-        try:
-            reply = await self.teacher.ask(message, stop)
-        except AskError as error:
-            self.failed += 1
-            self._failures_in_a_row += 1
-            record |= {"error": f"{error.kind}: {error}", "time": _now()}
-            if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-                reason = f"{FAILURES_IN_A_ROW} requests in a row failed, the last one with: {error.kind}: {error}"
-                self._stop("error", UserError(f"{reason}\nWhat was answered is kept; run the same command later."))
-        else:
-            self._failures_in_a_row = 0
-            record |= reply_fields(reply)
-        await self.journal.append(record)
-        if self.price and "usage" in record:
-            self.spent += self.price.cost(record["usage"])
-        if record["kind"] == "answer":
-            self._answers[record["index"], record["part"]] = record
-        else:
-            self._arrived[record["index"]] = record
-        self.progress.count(record)
-        self._changed.set()
-        self._harvest_event.set()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Harvesting, one reply after the other.
-
-    def _harvestable(self) -> bool:
-        return not self.harvest.full and (self._to_read in self._arrived or self._settleable())
-
-    def _settleable(self) -> bool:
-        return bool(self._open) and all(self._has_answer(entry) for entry in self._open[0][1])
-
-    def _has_answer(self, entry: Mapping[str, Any]) -> bool:
-        separate = self.settings["answer_separately"]
-        return not separate or "reason" in entry or (entry["request"], entry["part"]) in self._answers
-
-    async def _harvest_forever(self) -> None:
-        self._harvest_event.set()
-        while True:
-            await self._harvest_event.wait()
-            self._harvest_event.clear()
-            while self._harvestable():
-                if self._to_read in self._arrived:
-                    # Comparing with a large pool takes a while; meanwhile the event loop goes on asking.
-                    reply = self._arrived[self._to_read]
-                    entries = await asyncio.to_thread(self.harvest.read, reply)
-                    self._to_answer.extend(entry for entry in entries if not self._has_answer(entry))
-                    self._open.append((self._to_read, entries))
-                    self._to_read += 1
-                while self._settleable() and not self.harvest.full:
-                    self._settle_first()
-                self._changed.set()
-                if self.writer.due():
-                    await asyncio.to_thread(self.writer.write, self.harvest)
-                await asyncio.sleep(0)
-
-    def _settle_first(self) -> None:
-        index, entries = self._open.popleft()
-        kept = sum(
-            self.harvest.settle(entry, self._answers.get((entry["request"], entry["part"]))) for entry in entries
-        )
-        self.harvest.kept_after.append(len(self.harvest.tasks))
-        if index not in self._of_earlier_runs and "text" in self._arrived[index]:
-            self._without_new = 0 if kept else self._without_new + 1
-            if self._without_new >= self.limits["max_requests_without_new"]:
-                self._stop("nothing new")
-        self.progress.show(self)
+    runs = run_records(journal.records)
+    begin = {"kind": "run", "time": now(), "target": target, "settings": settings.to_record()}
+    if not runs:
+        earlier = journal.path.with_name("regen.json")
+        begin["seeds"] = list(seeds)
+        if earlier.exists():
+            # All in one record, which is there whole or not at all. The checksum makes the file one of this run's own.
+            begin |= {"imported": load_tasks(earlier), "sha256": {earlier.name: sha256_file(earlier)}}
+            print(f"note: going on from the {len(begin['imported'])} tasks of {earlier}.")
+        journal.append_now([begin])
+        return
+    old = GenerationSettings.from_record(runs[-1]["settings"])
+    changed = changed_settings(old.to_record(), settings.to_record())
+    if changed and any(record["kind"] in ("reply", "answer") for record in journal.records):
+        if "answer_separately" in changed or "shard" in changed:
+            name = "answer_separately" if "answer_separately" in changed else "shard"
+            raise UserError(
+                f"the replies in {journal.path} were asked for with --{name} {changed[name]}; they cannot be mixed. "
+                "Choose another --output_dir."
+            )
+        if not change_settings:
+            shown = "\n".join(f"  --{name}: {change}" for name, change in changed.items())
+            raise UserError(
+                f"the replies in {journal.path} were made with other settings:\n{shown}\n"
+                "Use the old ones, choose another --output_dir, or add --change_settings True to mix them."
+            )
+    if target < runs[-1]["target"]:  # a lower target takes nothing away that is kept already
+        begin["target"] = max(target, len(harvest_journal(journal.records).tasks))
+    if changed or begin["target"] != runs[-1]["target"]:
+        journal.append_now([begin | ({"seeds": list(seeds)} if "seed_tasks_path" in changed else {})])
 
 
 def reply_fields(reply: Reply) -> dict[str, Any]:
     """A reply as the journal keeps it."""
-    return {
+    fields = {
         "text": reply.text,
         "finish_reason": reply.finish_reason,
         "usage": reply.usage,
         "model": reply.model,
-        "time": _now(),
+        "time": now(),
         "request_id": reply.request_id,
         "seconds": reply.seconds,
     }
+    return fields if reply.sent is None else fields | {"sent": reply.sent}
 
 
-def _now() -> str:
+def failure_fields(failure: RequestFailed) -> dict[str, Any]:
+    """A failed request as the journal keeps it."""
+    fields = {"error": f"{failure.kind}: {failure}", "time": now()}
+    return fields if failure.sent is None else fields | {"sent": failure.sent}
+
+
+def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
-def journal_cost(records: Sequence[Mapping[str, Any]], price: Price | None) -> float:
-    """US dollars of all replies in a journal; 0 where the price is unknown."""
-    if price is None:
-        return 0.0
-    return sum(price.cost(record["usage"], record.get("batch", False)) for record in records if "usage" in record)
+@dataclasses.dataclass
+class Request:
+    """One request, and what the journal will say of it besides the reply."""
+
+    record: dict[str, Any]
+    prompt: str
+    most: float = 0.0  # US dollars reserved for it
+
+    @property
+    def is_answer(self) -> bool:
+        return self.record["kind"] == "answer"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The final files.
+class GenerationRun:
+    """Asks, journals and harvests until the target, the budget or the model's ideas are exhausted.
 
+    After `await run()`, `end` says why it ended, and `error` holds the error that ended it, if one did.
+    """
 
-class FileWriter:
-    """Writes what follows from the journal into the output folder, and only over files that this journal made."""
+    def __init__(
+        self,
+        client: ModelClient,
+        journal: Journal,
+        harvest: Harvest,
+        prompter: Prompter,
+        limits: Limits,
+        budget: Budget,
+        files: OutputFiles,
+        progress: Progress,
+    ):
+        self.client, self.journal, self.harvest, self.prompter = client, journal, harvest, prompter
+        self.limits, self.budget, self.files, self.progress = limits, budget, files, progress
+        self.settings = harvest.settings
+        self.end: str | None = None
+        self.error: BaseException | None = None
+        self._failures: list[str] = []  # kinds of the last failures without a reply between them
+        self._without_new = 0  # replies in a row without a task that is kept
+        self._under_way: dict[asyncio.Task, Request] = {}
+        self._changed = asyncio.Event()
+        self._unanswered: deque[Candidate] = deque()
 
-    def __init__(self, journal: Journal, overwrite: bool):
-        self.journal, self.folder = journal, journal.path.parent
-        self._last = time.monotonic()
-        self._took = 0.0
-        self.left_alone: list[Path] = []
-        self._lock = threading.Lock()
-        for name in OUTPUTS:
-            for torn in self.folder.glob(f".{name}.*.partial"):  # of a run that was killed while it wrote
-                torn.unlink()
-            path, own = self.folder / name, [mark["sha256"].get(name) for mark in self._marks()]
-            if path.exists() and not overwrite and _sha256(path.read_bytes()) not in own:
-                self.left_alone.append(path)
+        harvest.add(journal.records)
+        self._of_earlier_runs = {record["index"] for record in journal.records if record["kind"] == "reply"}
+        shard = self.settings.shard
+        asked = range(shard.index, max(self._of_earlier_runs, default=-1) + 1, shard.count)
+        # Requests that were under way when an earlier run ended come first.
+        self._indices = deque(index for index in asked if index not in self._of_earlier_runs)
+        self._next_index = shard.item(len(asked))
 
-    def _marks(self) -> list[dict[str, Any]]:
-        return [record for record in self.journal.records if "sha256" in record]
+    async def run(self) -> None:
+        with on_interrupt(self._interrupt):
+            try:
+                await self._harvest()  # what an earlier run left comes before new requests
+                self._start_requests()
+                while self._under_way:
+                    await self._changed.wait()
+                    self._changed.clear()
+                    await self._harvest()
+                    self._start_requests()
+            except Exception as error:
+                self._stop("error", error)
+            while self._under_way:
+                await asyncio.wait(list(self._under_way))
+            try:
+                if not self.harvest.full:  # the replies behind requests without one count too
+                    await asyncio.to_thread(self.harvest.read_rest)
+                await asyncio.to_thread(self.files.write, self.harvest)
+            except Exception as error:
+                self._stop("error", error)
+            self.end = self.end or ("target reached" if self.harvest.full else "nothing left to ask")
 
-    def due(self) -> bool:
-        return time.monotonic() - self._last > max(WRITE_EVERY, 20 * self._took)
+    def _stop(self, end: str, error: BaseException | None = None) -> None:
+        """Starts no further request. Those under way finish, because they are paid for."""
+        self.end = self.end or end
+        self.error = self.error or error
+        self._changed.set()
 
-    def write(self, harvest: Harvest) -> None:
-        """Replaces the files, each whole. Their checksums are journaled first, so that a later run knows its own."""
-        with self._lock:
-            begin = time.monotonic()
-            files = {name: text for name, text in harvest.files().items() if self.folder / name not in self.left_alone}
-            sums = {name: _sha256(text.encode("utf-8")) for name, text in files.items()}
-            marks = self._marks()
-            if not marks or marks[-1]["sha256"] != sums:
-                self.journal.append_now([{"kind": "written", "sha256": sums}])
-            for name, text in files.items():
-                with atomic_write(self.folder / name) as stream:
-                    stream.write(text)
-            self._last = time.monotonic()
-            self._took = self._last - begin
-
-
-OUTPUTS = ("regen.json", "alpaca_data.json", "rejections.jsonl")
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the user sees.
-
-
-class Progress:
-    """The bar: kept tasks, with tokens, money spent, the projected total, and the rates."""
-
-    def __init__(self, harvest: Harvest, records: Sequence[Mapping[str, Any]], price: Price | None):
-        from tqdm import tqdm
-
-        self.price = price
-        self.replies = self.prompt_tokens = self.completion_tokens = 0
-        for record in records:
-            self.count(record)
-        # A log file gets a line now and then, a terminal a moving bar.
-        self.bar = tqdm(
-            total=harvest.target,
-            initial=len(harvest.tasks),
-            unit="task",
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            dynamic_ncols=True,
-            smoothing=0.05,
+    def _interrupt(self) -> None:
+        self._stop("interrupted", KeyboardInterrupt())
+        self.progress.clear()
+        print(
+            f"\ninterrupted: waiting for {len(self._under_way)} replies under way. Ctrl-C again leaves at once; then "
+            f"`rebuild --output_dir {self.files.folder}` writes the files.",
+            flush=True,
         )
 
-    def count(self, record: Mapping[str, Any]) -> None:
-        if "usage" in record:
-            self.replies += record["kind"] == "reply"
-            self.prompt_tokens += record["usage"]["prompt"]
-            self.completion_tokens += record["usage"]["completion"]
+    # ------------------------------------------------------------------------------------------------------------------
+    # Choosing requests.
 
-    def show(self, run: GenerationRun) -> None:
-        tokens = (self.prompt_tokens + self.completion_tokens) / 1e6
-        words = [f"{self.replies} replies", f"{tokens:.3f}M tokens"]
-        if self.price:
-            made = len(run.harvest.tasks) - run.harvest.imported
-            projected = run.spent * (run.harvest.target - run.harvest.imported) / made if made else float("nan")
-            words.append(f"${run.spent:.4f} of about ${projected:.2f}")
-        self.bar.set_postfix_str(", ".join(words), refresh=False)
-        self.bar.update(len(run.harvest.tasks) - self.bar.n)
+    def _start_requests(self) -> None:
+        while len(self._under_way) < self.limits.max_concurrency and (request := self._next_request()):
+            self.budget.reserved += request.most
+            task = asyncio.create_task(self._ask(request))
+            self._under_way[task] = request
+            task.add_done_callback(self._request_ended)
 
-    def close(self) -> None:
-        self.bar.close()
+    def _next_request(self) -> Request | None:
+        """The request to ask now; None where there is none."""
+        if self.end or self.harvest.full:
+            return None
+        request = self._answer_request() if self._unanswered else self._list_request()
+        if request is None:
+            return None
+        request.most = self.budget.most(request.prompt, self.client.max_tokens)
+        if not self.budget.affords(request.most):
+            if not self._under_way:
+                self._stop("budget")
+            return None
+        if request.is_answer:
+            self._unanswered.popleft()
+        else:
+            self._indices.popleft()
+        return request
+
+    def _answer_request(self) -> Request | None:
+        answers = sum(request.is_answer for request in self._under_way.values())
+        if len(self.harvest.tasks) + answers >= self.harvest.target:
+            return None
+        candidate = self._unanswered[0]
+        record = {"kind": "answer", "index": candidate.request, "part": candidate.part}
+        return Request(record, answer_prompt(candidate.instruction, candidate.input))
+
+    def _list_request(self) -> Request | None:
+        if not self._indices:
+            if self._expected_tasks() >= self.harvest.target:
+                return None
+            self._indices.append(self._next_index)
+            self._next_index += self.settings.shard.count
+        index, generated = self._indices[0], []
+        if self.settings.sample_from_generated:
+            # Whatever the concurrency, the examples come from the same tasks: those of requests at least sample_lag
+            # before this one.
+            decided = self.settings.shard.position(index) - self.settings.sample_lag + 1
+            if decided > len(self.harvest.kept_after):
+                return None
+            kept = self.harvest.kept_after[decided - 1] if decided > 0 else self.harvest.imported
+            generated = self.harvest.tasks[:kept]
+        prompt, names = self.prompter.prompt(index, generated)
+        record = {"kind": "reply", "index": index, "examples": names, "first_number": self.prompter.first_number}
+        return Request(record, prompt)
+
+    def _expected_tasks(self) -> float:
+        """Tasks that will be kept when all that is asked has been answered."""
+        kept, replies = len(self.harvest.tasks), len(self.harvest.kept_after)
+        a_reply = (kept - self.harvest.imported + self.limits.expected_tasks_per_request) / (replies + 1)
+        lists = sum(not request.is_answer for request in self._under_way.values())
+        return kept + self.harvest.awaiting + (lists + self.harvest.unread) * a_reply
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Asking.
+
+    async def _ask(self, request: Request) -> None:
+        """Asks one request and has its reply on disk before anything else happens to it."""
+        message, stop = request.prompt, self.prompter.stop
+        if request.is_answer:
+            message, stop = [{"role": "user", "content": request.prompt}], None
+        try:
+            reply = await self.client.ask(message, stop)
+        except RequestFailed as failure:
+            fields, kind = failure_fields(failure), failure.kind
+        else:
+            fields, kind = reply_fields(reply), None if reply.text.strip() else "empty reply"
+        record = request.record | fields
+        await self.journal.append(record)
+        self.budget.count(record)
+        self.progress.count(record)
+        self.harvest.add([record])
+        self._note_failure(kind, record)
+
+    def _note_failure(self, kind: str | None, record: Mapping[str, Any]) -> None:
+        """Stops the run after too many failures in a row. kind: None for a reply."""
+        if kind is None:
+            self._failures.clear()
+            return
+        self._failures.append(kind)
+        count = len(self._failures)
+        few = kind in STOP_AFTER_FEW and self._failures.count(kind) >= FEW_IN_A_ROW
+        if few and kind == "empty reply":
+            reason = empty_replies(record, FEW_IN_A_ROW)
+        elif few or count >= FAILURES_IN_A_ROW:
+            reason = f"{count} requests in a row failed, the last one with: {record.get('error', kind)}"
+        else:
+            return
+        self._stop("error", UserError(f"{reason}\nWhat was answered is kept; run the same command later."))
+
+    def _request_ended(self, task: asyncio.Task) -> None:
+        self.budget.reserved -= self._under_way.pop(task).most
+        if task.cancelled():
+            self._stop("interrupted")
+        elif task.exception():
+            self._stop("error", task.exception())
+        self._start_requests()
+        self._changed.set()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Harvesting.
+
+    async def _harvest(self) -> None:
+        """Reads the replies that have come, in the order of their requests."""
+        while True:
+            for reply, kept in self.harvest.decide():
+                if reply["index"] not in self._of_earlier_runs and "text" in reply:
+                    self._without_new = 0 if kept else self._without_new + 1
+                    if self._without_new >= self.limits.max_requests_without_new:
+                        self._stop("nothing new")
+            self.progress.show(self.harvest, self.budget)
+            if self._under_way:
+                self._start_requests()
+            if not self.harvest.next_has_come:
+                return
+            # Comparing with a large pool takes a while; meanwhile the event loop goes on asking.
+            candidates = await asyncio.to_thread(self.harvest.compare_next)
+            self.harvest.take(candidates)
+            self._unanswered.extend(filter(self.harvest.needs_answer, candidates))
+            if self.files.due():
+                await asyncio.to_thread(self.files.write, self.harvest)

@@ -268,7 +268,7 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
             AnswerJournal(output, {"model": "a", "seed": 0})
     with open(journal.path, "a", encoding="utf-8") as stream:
         stream.write('{"row": 1, "answer": {"text": "to')
-    with pytest.raises(UserError, match='model: "a" then, "b" now'):
+    with pytest.raises(UserError, match="model: a, now b"):
         AnswerJournal(output, {"model": "b", "seed": 0})
     with AnswerJournal(output, {"model": "a", "seed": 0}) as journal:
         assert journal.answers == {0: {"text": "zero"}, 2: {"text": "two\nlines"}}

@@ -1,12 +1,18 @@
-"""data_check.py and task_filters.py: every kind of bad row is found, and `clean` writes the others."""
+"""data_check.py and filters.py: every kind of bad row is found, and `clean` writes the others."""
 
 import json
 
 import pytest
 
 from alpaca.generation import data_check
-from alpaca.generation import filters as task_filters
-from alpaca.generation.filters import instruction_problem, is_no_input, normalize_input, output_problem
+from alpaca.generation.filters import (
+    contains_task_header,
+    find_word_in_string,
+    instruction_problem,
+    is_no_input,
+    normalize_input,
+    output_problem,
+)
 
 GOOD = [
     {"instruction": "Name three fruits that grow on trees.", "input": "", "output": "Apples, pears and plums."},
@@ -204,8 +210,8 @@ def test_instructions_of_any_language():
 
 def test_find_word_in_string():
     """Guards the helper that forks import: whole words, any case, and signs that regular expressions read."""
-    assert task_filters.find_word_in_string("map", "The MAP.") and not task_filters.find_word_in_string("map", "maps")
-    assert not task_filters.find_word_in_string("a.c", "abc")
+    assert find_word_in_string("map", "The MAP.") and not find_word_in_string("map", "maps")
+    assert not find_word_in_string("a.c", "abc")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,7 @@ def test_output_checks(output, reason):
 def test_none_may_be_the_answer():
     """Guards "None" where the instruction offers it among the answers."""
     assert output_problem("Identify the type of correlation (positive, negative, or none).", "None.") is None
-    assert task_filters.contains_task_header("no header here, see 3. Instruction: below") is False
+    assert contains_task_header("no header here, see 3. Instruction: below") is False
 
 
 def test_blank_lines_cost_little():

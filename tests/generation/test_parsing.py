@@ -1,4 +1,4 @@
-"""task_parsing.py: prompts byte for byte, and replies read as a careful person would read them."""
+"""parsing.py and prompting.py: prompts byte for byte, and replies read as a careful person would read them."""
 
 import json
 import re
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import generate_instruction
 from alpaca.generation.filters import contains_task_header
-from alpaca.generation.parsing import encode_prompt, next_list_header, parse_reply
+from alpaca.generation.parsing import parse_reply
+from alpaca.generation.prompting import encode_prompt, next_list_header
 
 HEADERS = [  # how teachers have written the headers of a task
     "{n}. {f}:",

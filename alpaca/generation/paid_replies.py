@@ -1,0 +1,90 @@
+"""Replies of a judging model by prompt, each paid for once."""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alpaca.common.errors import UserError
+from alpaca.common.journal import Journal
+from alpaca.generation.client import ModelClient, RequestSlots
+from alpaca.generation.prices import Budget
+
+
+class PaidReplies:
+    """Asks a model, and keeps each reply in a journal under the sha256 of all that decides it.
+
+    version: of the prompt; replies under different prompts are different measurements. usable: whether a reply serves;
+    one that does not is asked for again. Jobs that call `reply` run in `slots.run`.
+    """
+
+    def __init__(
+        self,
+        client: ModelClient,
+        journal: Journal,
+        budget: Budget,
+        version: str,
+        max_concurrency: int,
+        usable: Callable[[Mapping[str, Any]], Any] = bool,
+    ):
+        self.client, self.journal, self.budget, self.version = client, journal, budget, version
+        self.slots = RequestSlots(max_concurrency)
+        self.asked = self.cached = 0
+        self.tokens: Counter[str] = Counter()
+        self.cost_of_cached = 0.0
+        self._settings = {**client.settings, "max_tokens": client.max_tokens, "api": client.api}
+        self._known = {record["key"]: record for record in journal.records if usable(record)}
+        self._reservation_ended = asyncio.Condition()
+
+    async def reply(self, prompt: str) -> dict[str, Any]:
+        """The record of a reply: `reply`, `usage`, `model`, `date`, and `first_token` where log-probabilities came.
+
+        Raises RequestFailed where this request has none, and UserError where no request can have one or the budget is
+        used up.
+        """
+        identity = [self.client.model, self.client.url, self._settings, self.version, prompt]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        async with self.slots:
+            if key in self._known:
+                self.cached += 1
+                self.cost_of_cached += self.budget.price.cost(self._known[key]["usage"]) if self.budget.price else 0.0
+                return self._known[key]
+            most = await self._reserve(prompt)
+            try:
+                reply = await self.client.ask(prompt)
+            finally:
+                self.budget.reserved -= most
+                async with self._reservation_ended:
+                    self._reservation_ended.notify_all()
+            record = {
+                "key": key,
+                "reply": reply.text,
+                "finish_reason": reply.finish_reason,
+                "usage": reply.usage,
+                "model": reply.model,
+                "seconds": reply.seconds,
+                "prompt_version": self.version,
+                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            record |= {"first_token": reply.first_token} if reply.first_token else {}
+            await self.journal.append(record)
+            self._known[key] = record
+            self.asked += 1
+            self.tokens.update(reply.usage)
+            self.budget.count(record)
+            return record
+
+    async def _reserve(self, prompt: str) -> float:
+        most = self.budget.most(prompt, self.client.max_tokens)
+        async with self._reservation_ended:
+            await self._reservation_ended.wait_for(lambda: self.budget.affords(most) or not self.budget.reserved)
+            if not self.budget.affords(most):
+                raise UserError(
+                    f"the budget of ${self.budget.limit:g} is spent after {self.asked} replies. They are kept in "
+                    f"{self.journal.path}; the same command with a higher --max_cost_usd goes on."
+                )
+            self.budget.reserved += most
+        return most

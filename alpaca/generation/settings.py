@@ -1,0 +1,82 @@
+"""The settings of a generation run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from alpaca.common.errors import UserError
+from alpaca.common.shard import Shard
+
+# A journal of 2026 keeps the prompt's text and the seeds' checksum under the names of their flags.
+_NAMES_IN_JOURNAL = {"prompt_text": "prompt_path", "seeds_sha256": "seed_tasks_path"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """What decides which replies come and which tasks are kept. A folder holds the replies of one such set."""
+
+    model_name: str = ""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 3072
+    reasoning_effort: str | None = None
+    api: str = "auto"
+    seed: int = 42
+    num_prompt_instructions: int = 3
+    num_tasks_per_request: int = 20
+    sample_from_generated: int = 0
+    sample_lag: int = 64
+    answer_separately: bool = False
+    unicode_dedup: bool = False
+    prompt_text: str = ""
+    seeds_sha256: str = ""
+    shard: Shard = Shard()
+
+    @property
+    def tasks_per_reply(self) -> int:
+        """How many tasks the prompt's list has room for behind its examples."""
+        return self.num_tasks_per_request - self.num_prompt_instructions
+
+    def check(self) -> None:
+        """Raises UserError for values that fit no run or not each other."""
+        if self.api not in ("auto", "completions", "chat"):
+            raise UserError(f"--api must be auto, completions or chat, found {self.api!r}.")
+        if not 0 <= self.sample_from_generated <= self.num_prompt_instructions < self.num_tasks_per_request:
+            raise UserError(
+                "expected 0 <= --sample_from_generated <= --num_prompt_instructions < --num_tasks_per_request, found "
+                f"{self.sample_from_generated}, {self.num_prompt_instructions}, {self.num_tasks_per_request}."
+            )
+        for name in ("max_tokens", "sample_lag"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, found {getattr(self, name)}.")
+
+    def to_record(self) -> dict[str, Any]:
+        """As they stand in the journal; a run that is no shard has no `shard` there."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shard = values.pop("shard")
+        record = {_NAMES_IN_JOURNAL.get(name, name): value for name, value in values.items()}
+        return record if shard.whole else record | {"shard": str(shard)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "GenerationSettings":
+        """Settings read from a journal. Those that it does not name have their defaults."""
+        own = {_NAMES_IN_JOURNAL.get(field.name, field.name): field.name for field in dataclasses.fields(cls)}
+        values = {own[name]: value for name, value in record.items() if name in own}
+        if "shard" in values:
+            values["shard"] = Shard(*map(int, values["shard"].split("/")))
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much is asked at a time, and when a run ends."""
+
+    max_concurrency: int = 32  # requests under way
+    max_requests_without_new: int = 100  # replies in a row without a task that is kept
+    expected_tasks_per_request: float = 10.0  # before replies tell
+    batch_poll_seconds: float = 30.0
+
+    def check(self) -> None:
+        """Raises UserError for values that fit no run."""
+        if self.max_concurrency < 1:
+            raise UserError(f"--max_concurrency must be at least 1, found {self.max_concurrency}.")
