@@ -101,7 +101,7 @@ def probable_cause(raw: Weights, manifest: dict, name: str, tensor: Tensor | Non
     others = [
         other
         for other in sorted(manifest["tensors"], key=lambda n: (np.prod(manifest["tensors"][n]["shape"]), n))
-        if "sha256_raw" in manifest["tensors"][other] and other != name
+        if "sha256_raw" in manifest["tensors"][other] and other != name and raw.get(other)
     ][:8]
     differing = sum(sha256_tensor(raw.get(other)) != manifest["tensors"][other]["sha256_raw"] for other in others)
     if differing:

@@ -6,6 +6,7 @@ right bytes are kept as a correction.
 """
 
 import bisect
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -170,13 +171,6 @@ class Recovery:
     identity: str | dict
     hashed: bool
 
-    def tensors(self) -> list[Tensor]:
-        """The diff's tensors, in the order of the entries; UserError where one is missing."""
-        for name in self.entries:
-            if name not in self.diff.tensors:
-                raise UserError(f"the diff {self.diff.folder} lacks {name}. Fetch it again.")
-        return [self.diff.tensors[name] for name in self.entries]
-
 
 def recover_tensor(job: Recovery, diff: Tensor, write: Write) -> dict:
     """Recovers one tensor; {"sha256": of the result, "sum": of its values}.
@@ -239,32 +233,26 @@ def _must_equal(what: str, found: str, expected: str) -> None:
         raise UserError(f"{what} is damaged: sha256 {found}, the manifest says {expected}. Fetch that file again.")
 
 
-def recover_tensors(job: Recovery, tensors: list[Tensor], bar: tqdm, write: Write = lambda *_: None) -> dict[str, dict]:
-    """recover_tensor's results by name."""
-    found = in_parallel(lambda tensor: recover_tensor(job, tensor, write), tensors, bar)
-    return {tensor.name: result for tensor, result in zip(tensors, found, strict=True)}
-
-
 def recover_shards(job: Recovery, work: Path | None) -> dict[str, dict]:
     """Recovers all shards into `work` (None: nowhere); those that an interrupted run left there whole are kept.
 
     Returns recover_tensor's results by name.
     """
     results: dict[str, dict] = {}
-    with bytes_bar("recover", job.tensors()) as bar:
-        if work is None:
-            return recover_tensors(job, job.tensors(), bar)
-        state = jload(work / PROGRESS) if (work / PROGRESS).is_file() else {}
-        if state.get("of") != job.identity:
-            state = {"of": job.identity, "shards": {}}
+    state = jload(work / PROGRESS) if work and (work / PROGRESS).is_file() else {}
+    if state.get("of") != job.identity:
+        state = {"of": job.identity, "shards": {}}
+    with bytes_bar("recover", [job.diff.tensors[name] for name in job.entries]) as bar:
         for file, header in job.headers.items():
             done = state["shards"].get(file)
             if done is None or not shard_is_whole(work / file, header, done, bar):
-                tensors = [job.diff.tensors[tensor.name] for tensor in parse_header(header, work / file)]
-                with new_shard(work / file, header) as write:
-                    done = recover_tensors(job, tensors, bar, write)
+                tensors = [job.diff.tensors[tensor.name] for tensor in parse_header(header, Path(file))]
+                with new_shard(work / file, header) if work else contextlib.nullcontext(lambda *_: None) as write:
+                    found = in_parallel(lambda diff, write=write: recover_tensor(job, diff, write), tensors, bar)
+                    done = {tensor.name: result for tensor, result in zip(tensors, found, strict=True)}
                 state["shards"][file] = done
-                jdump(state, work / PROGRESS)
+                if work:
+                    jdump(state, work / PROGRESS)
             results |= done
     return results
 
