@@ -19,7 +19,7 @@ from alpaca.common.journal import Journal
 from alpaca.common.run_record import run_record
 from alpaca.common.shard import find_shard
 from alpaca.generation.data_check import check, clean
-from alpaca.generation.filters import find_word_in_string
+from alpaca.generation.filters import check_seeds, find_word_in_string
 from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates, run_records
 from alpaca.generation.output import OutputFiles
 from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
@@ -183,6 +183,7 @@ def generate_instruction_following_data(
     budget = Budget(price, None if max_cost_usd is None else max_cost_usd / part.count)
     prompter = Prompter(seeds, settings)
     if dry_run:
+        check_seeds([task["instruction"] for task in seeds], unicode_dedup)
         print_plan(prompter, price, target, limits, batch_api)
         return
     for name, value, default in (("num_cpus", num_cpus, 16), ("request_batch_size", request_batch_size, 5)):

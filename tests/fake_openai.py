@@ -30,14 +30,17 @@ class FakeOpenAI:
     """The server, running in a thread between __enter__ and __exit__ (or start and stop).
 
     reply: what to say: a text, a dict (text, finish_reason and other fields of the choice, usage), or a function of the
-        request's JSON that returns either.
+        request's JSON that returns either. A dict with "sent" is what is sent instead: a JSON value, or bytes.
     faults: weights by name (of 1 in all, the rest behaves well), or a function (number of the request, its JSON) ->
         a fault's name or None. Names: "429", "500", "503", "reset" (connection cut in mid-body), "reset_early", "drip"
         (a whole reply, a few bytes at a time), "hang", "broken_json", "empty_choices", "content_filter", "length",
-        "empty", "context" (too long for the model), and "401", "403", "404", "quota", "policy" for the permanent ones.
-    latency: seconds before a reply, a number or a function of a random.Random. retry_after: seconds in 429 replies.
-    refuses: names of parameters that get a 400. chat, completions: whether the endpoint exists. key: the only key
-    accepted. shutdown_date: of every model. max_parallel: more requests than this at a time get a 429.
+        "empty", "html" (a 200 of another kind), "policy" and "400" (this prompt is refused), "context" (too long for
+        the model), and "401", "403", "404", "quota" for the permanent ones.
+    latency: seconds before a reply, a number or a function of a random.Random. retry_after: seconds in 429 replies, or
+    None. refuses: names of parameters that get a 400. chat, completions: whether the endpoint exists. key: the only key
+    accepted. models: names, or anything else that /models is to answer. shutdown_date: of every model. max_parallel:
+    more requests than this at a time get a 429. most_tokens: a larger max_tokens gets a 400 with the allowed range.
+    ignores_length: replies are longer than max_tokens.
     batch_polls: how often a batch is "in_progress" when asked for. context_room: reply tokens up to which the fault
     "context" lets a request pass.
     log: a dict for each request to a completions endpoint: number, path, body, fault, status, text, done (the whole
@@ -49,17 +52,19 @@ class FakeOpenAI:
         reply: str | Callable[[dict], Any] | None = None,
         faults: Mapping[str, float] | Callable[[int, dict], str | None] | None = None,
         latency: float | Callable[[random.Random], float] = 0.0,
-        retry_after: float = 0.05,
+        retry_after: float | None = 0.05,
         refuses: tuple[str, ...] = (),
         chat: bool = True,
         completions: bool = True,
         key: str | None = None,
-        models: tuple[str, ...] = ("fake-model",),
+        models: Any = ("fake-model",),
         shutdown_date: str | None = None,
         max_parallel: int | None = None,
         batch_polls: int = 1,
         context_room: int = 1024,
         tasks_per_reply: int = 5,
+        most_tokens: int | None = None,
+        ignores_length: bool = False,
         seed: int = 0,
         port: int = 0,
     ):
@@ -67,7 +72,7 @@ class FakeOpenAI:
         self.refuses, self.chat, self.completions, self.key = refuses, chat, completions, key
         self.models, self.shutdown_date, self.max_parallel = models, shutdown_date, max_parallel
         self.batch_polls, self.tasks_per_reply, self.port = batch_polls, tasks_per_reply, port
-        self.context_room = context_room
+        self.context_room, self.most_tokens, self.ignores_length = context_room, most_tokens, ignores_length
         self.rng = random.Random(seed)
         self.log: list[dict[str, Any]] = []
         self.files: dict[str, dict[str, Any]] = {}
@@ -118,6 +123,7 @@ class FakeOpenAI:
 
     async def _answer(self, method: str, target: str, headers, content: bytes, writer: asyncio.StreamWriter) -> bool:
         """Handles one request; False where the connection has to end."""
+        self.query = target.partition("?")[2]
         path = target.split("?")[0].removeprefix("/v1")
         if self.key is not None and headers.get("Authorization") != f"Bearer {self.key}":
             return await self._send(writer, 401, _error("Incorrect API key provided.", "invalid_api_key"))
@@ -177,6 +183,8 @@ class FakeOpenAI:
                 better = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
                 message = f"Unsupported parameter: '{name}' is not supported with this model.{better}"
                 return 400, _error(message, "unsupported_parameter", param=name)
+        if self.most_tokens and body.get("max_tokens", 0) > self.most_tokens:
+            return 400, _error(f"max_tokens must be in [1, {self.most_tokens}]", "invalid_parameter")
         return None
 
     def _fault(self, number: int, body: dict) -> str | None:
@@ -202,7 +210,8 @@ class FakeOpenAI:
             "403": (403, "Country not supported.", "unsupported_country"),
             "404": (404, f"The model `{body.get('model')}` does not exist.", "model_not_found"),
             "quota": (429, "You exceeded your current quota.", "insufficient_quota"),
-            "policy": (400, "The prompt was flagged.", "content_policy_violation"),
+            "policy": (400, "The response was filtered due to the prompt triggering a policy.", "content_filter"),
+            "400": (400, "Something in this prompt cannot be tokenised.", "bad_request"),
             "context": (400, "This model's maximum context length is 4096 tokens.", "context_length_exceeded"),
         }
         if (
@@ -213,14 +222,20 @@ class FakeOpenAI:
         if fault in errors:
             status, message, code = errors[fault]
             entry["status"] = status
-            headers = {"Retry-After": f"{self.retry_after:g}"} if fault == "429" else {}
+            limited = fault == "429" and self.retry_after is not None
+            headers = {"Retry-After": f"{self.retry_after:g}"} if limited else {}
             return await self._send(writer, status, _error(message, code), headers)
         if fault == "hang":
             await asyncio.sleep(3600)
         if fault == "reset_early":
             writer.transport.abort()
             return False
+        if fault == "html":
+            return await self._send(writer, 200, b"<html><body>Sign in to the network</body></html>")
         data = self._completion(path, body, fault)
+        if "sent" in data:
+            entry["text"], entry["done"] = "", True
+            return await self._send(writer, 200, data["sent"])
         if fault == "broken_json":
             return await self._send(writer, 200, json.dumps(data).encode()[:-20])
         if fault == "reset":
@@ -239,8 +254,10 @@ class FakeOpenAI:
         if made is None:
             made = made_up_reply(prompt, self.tasks_per_reply)
         choice = made if isinstance(made, dict) else {"text": made, "finish_reason": "stop"}
+        if "sent" in choice:
+            return choice
         room = 4 * (body.get("max_tokens") or body.get("max_completion_tokens") or 10**9)  # four characters a token
-        if len(choice["text"] or "") > room:
+        if len(choice["text"] or "") > room and not self.ignores_length:
             choice = {**choice, "text": choice["text"][:room], "finish_reason": "length"}
         if fault in ("length", "content_filter"):
             choice = {"text": choice["text"][: len(choice["text"]) * 2 // 3], "finish_reason": fault}
@@ -266,6 +283,8 @@ class FakeOpenAI:
     def _other(self, method: str, path: str, headers, content: bytes) -> tuple[int, Any]:
         parts = path.strip("/").split("/")
         if parts[0] == "models":
+            if not isinstance(self.models, tuple):
+                return 200, self.models
             found = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self.models]
             found = [{**model, "shutdown_date": self.shutdown_date} for model in found]
             if len(parts) == 1:

@@ -49,8 +49,11 @@ class Journal(contextlib.AbstractContextManager):
 
     def __init__(self, path: str | os.PathLike, afresh: bool = False):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}. Choose another place.") from error
         try:
             # The kernel releases the lock however the process ends, so no stale lock file can remain.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import re
 import string
 
+from alpaca.common.errors import UserError
 from alpaca.generation.rouge import unicode_tokens
 
 # What a model that reads and writes text cannot serve: things to look at, to listen to, to open, to draw.
@@ -99,6 +100,25 @@ def instruction_problem(text, any_language=False):
     if not any_language and not text[0].isascii():
         return "starts with a non-ASCII character"
     return None
+
+
+def check_seeds(instructions, any_language):
+    """Raises UserError where the filters or the comparison need any_language=True for tasks such as these; prints a
+    note where they refuse some of them for another reason."""
+    refused = [(text, problem) for text in instructions if (problem := instruction_problem(text, any_language))]
+    if not any_language:
+        letters = [letter for text in instructions for letter in text if letter.isalpha()]
+        foreign = sum(not letter.isascii() for letter in letters)
+        mended = [pair for pair in refused if not instruction_problem(pair[0], any_language=True)]
+        if 4 * len(mended) > len(instructions) or 10 * foreign > len(letters):
+            example = f", such as {mended[0][0][:60]!r} ({mended[0][1]})" if mended else ""
+            raise UserError(
+                f"the filters refuse {len(mended)} of {len(instructions)} seed instructions{example}, and "
+                f"{foreign / len(letters):.0%} of the seeds' letters would not count in the comparison: without "
+                "--unicode_dedup True both know ASCII letters alone. Add it."
+            )
+    if refused:
+        print(f"note: the filters refuse {len(refused)} of {len(instructions)} seeds, the first: {refused[0][1]}.")
 
 
 def is_no_input(text):

@@ -9,13 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alpaca.generation.filters import instruction_problem, normalize_input, output_problem
-from alpaca.generation.parsing import parse_reply
+from alpaca.generation.parsing import parse_reply, visible_text
 from alpaca.generation.rouge import RougeLIndex
 from alpaca.generation.settings import GenerationSettings
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F1; an instruction that is more similar to any kept one is a duplicate
 MOST_SIMILAR = 10  # how many neighbours regen.json names
-CUT_OFF = ("length", "content_filter")  # finish reasons that leave the last task unfinished
+# Finish reasons of a reply that ended by itself, as servers spell them, and of servers that say nothing. Any other
+# ("length", "content_filter", "error", "max_tokens", ...) means that the last task may be unfinished.
+ENDED = {
+    None, "", "stop", "stop_sequence", "end_turn", "eos", "eos_token", "end", "complete", "completed", "finished",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -28,6 +32,7 @@ class Candidate:
     input: str
     output: str
     reason: str | None = None
+    unreadable: bool = False  # a fragment that is no task
     nearest: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # texts and F1, most similar first
     average: float = 0.0  # F1 over the pool
 
@@ -63,17 +68,25 @@ def read_candidates(
 
     reply: a journal's record, of which `index`, `text`, `first_number` and `finish_reason` count.
     """
-    text = reply["text"].encode("utf-8", "replace").decode()  # a lone surrogate could not be written to a file
-    cut = reply["finish_reason"] in CUT_OFF
-    found = []
-    for part, task in enumerate(parse_reply(text, reply["first_number"], cut, not answer_separately)):
+    found, outputs = [], not answer_separately
+    for part, task in enumerate(parse_reply(plain(reply["text"]), reply["first_number"], may_be_cut(reply), outputs)):
         reason = task.problem or instruction_problem(task.instruction, unicode_dedup)
         if not reason and not answer_separately:
             reason = output_problem(task.instruction, task.output)
-        found.append(
-            Candidate(reply["index"], part, task.instruction, normalize_input(task.input), task.output, reason)
-        )
+        given, unreadable = normalize_input(task.input), task.problem is not None
+        found.append(Candidate(reply["index"], part, task.instruction, given, task.output, reason, unreadable))
     return found
+
+
+def may_be_cut(reply: Mapping[str, Any]) -> bool:
+    """Whether a reply may have been ended in the middle."""
+    reason = reply["finish_reason"]
+    return (reason.lower() if isinstance(reason, str) else reason) not in ENDED
+
+
+def plain(text: str) -> str:
+    """A text without lone surrogates, which could not be written to a file."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Harvest:
@@ -94,6 +107,7 @@ class Harvest:
         self.imported = len(self.tasks)
         self.rejections: list[dict[str, Any]] = []  # rows of rejections.jsonl
         self.read = 0  # tasks found in replies
+        self.unreadable: list[Mapping[str, Any]] = []  # replies without a task, whatever the filters say
         self.kept_after: list[int] = []  # how many tasks are kept after this shard's first, second, ... request
         self.index = RougeLIndex(
             [seed["instruction"] for seed in seeds] + [task["instruction"] for task in self.tasks],
@@ -130,6 +144,8 @@ class Harvest:
         if "text" not in reply:  # a failed request
             return []
         candidates = read_candidates(reply, self.settings.answer_separately, self.settings.unicode_dedup)
+        if reply["text"].strip() and all(candidate.unreadable for candidate in candidates):
+            self.unreadable.append(reply)
         for candidate in candidates:
             if not candidate.reason:
                 self._compare(candidate)
@@ -184,8 +200,9 @@ class Harvest:
         self.read += 1
         if not candidate.reason and self.settings.answer_separately:
             answer = self._answers.pop(candidate.key)
-            candidate.output = answer.get("text", "").encode("utf-8", "replace").decode().strip()
-            candidate.reason = answer_problem(candidate, answer)
+            answered = visible_text(plain(answer.get("text", "")))
+            candidate.output = (answered or "").strip()
+            candidate.reason = answer_problem(candidate, answer, answered)
         if candidate.reason:
             self.rejections.append(candidate.rejection())
         else:
@@ -231,13 +248,16 @@ class Harvest:
         return sorted(pairs, key=lambda pair: -pair[0])[:count]
 
 
-def answer_problem(candidate: Candidate, answer: Mapping[str, Any]) -> str | None:
-    """Why a task cannot stay with the answer that was asked for separately; None where it can."""
+def answer_problem(candidate: Candidate, answer: Mapping[str, Any], text: str | None) -> str | None:
+    """Why a task cannot stay with the answer that was asked for separately; None where it can.
+
+    text: of the answer, None where it holds thoughts that never end.
+    """
     if "text" not in answer:
         return "no answer"
-    if answer["finish_reason"] in CUT_OFF:
+    if may_be_cut(answer):
         return "answer cut off"
-    return output_problem(candidate.instruction, candidate.output)
+    return "thoughts that never end" if text is None else output_problem(candidate.instruction, candidate.output)
 
 
 def _json_list(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:

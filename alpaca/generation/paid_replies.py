@@ -10,7 +10,7 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient, RequestSlots
+from alpaca.generation.client import ModelClient, RequestFailed, RequestSlots
 from alpaca.generation.prices import Budget
 
 
@@ -36,7 +36,7 @@ class PaidReplies:
         self.tokens: Counter[str] = Counter()
         self.cost_of_cached = 0.0
         self._settings = {**client.settings, "max_tokens": client.max_tokens, "api": client.api}
-        self._known = {record["key"]: record for record in journal.records if usable(record)}
+        self._known = {record["key"]: record for record in journal.records if "key" in record and usable(record)}
         self._reservation_ended = asyncio.Condition()
 
     async def reply(self, prompt: str) -> dict[str, Any]:
@@ -55,6 +55,10 @@ class PaidReplies:
             most = await self._reserve(prompt)
             try:
                 reply = await self.client.ask(prompt)
+            except RequestFailed as failure:
+                if failure.sent is not None:  # it is paid for, whatever it is
+                    await self.journal.append({"failed": key, "error": str(failure), "sent": failure.sent})
+                raise
             finally:
                 self.budget.reserved -= most
                 async with self._reservation_ended:

@@ -1,6 +1,7 @@
 """Reads the tasks of a model's reply, whatever style it numbers and labels them in."""
 
 import dataclasses
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,41 @@ class ParsedTask:
     output: str
     problem: str | None = None
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is no part of a reply.
+
+_THOUGHTS = r"think|thinking|thoughts?|reasoning"
+_THOUGHTS_BEGIN = re.compile(rf"(?im)^[ \t]*(?:<(?:{_THOUGHTS})>|\[think\])")
+_THOUGHTS_END = re.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/think\]|<\|channel\|>final<\|message\|>")
+# Marks of the chat format with which some servers let a reply end, and go on.
+_END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|return)\|>|<end_of_turn>|</s>\s*\Z")
+
+
+def visible_text(text: str) -> str | None:
+    """A reply without a reasoning model's thoughts and without end-of-turn marks; None where the thoughts never end.
+
+    The thoughts are all up to the last end tag, since chat templates often write the first tag themselves.
+    """
+    if ends := list(_THOUGHTS_END.finditer(text)):
+        text = text[ends[-1].end() :]
+    elif _THOUGHTS_BEGIN.search(text):
+        return None
+    return _END_OF_TURN.split(text, maxsplit=1)[0]
+
+
+_CLOSING_REMARK = re.compile(
+    r"""(?ix) [*_]{0,3}
+    (?:(?:please[ ])?(?:let[ ]me[ ]know|feel[ ]free[ ]to|don't[ ]hesitate[ ]to) \b
+     | (?:i[ ])?hope[ ](?:this|these|that|the|it|they)\b .* \b(?:help|useful|meet|suit|work|fit|list|tasks?)
+     | if[ ]you(?:['’]d|[ ]would)?[ ](?:need|want|like|have|prefer)\b .*
+           \b(?:let[ ]me[ ]know|feel[ ]free|just[ ]ask|i[ ]can)\b
+     | would[ ]you[ ]like[ ](?:me|more|another|any|to)\b
+     | these[ ](?:tasks|instructions|examples)\b
+     | (?:that(?:['’]s|[ ]is)[ ]all|(?:this[ ]is[ ]the[ ])?end[ ]of[ ](?:the[ ])?(?:list|tasks))\b)
+    [^\n]* """
+)
+_LETTER = re.compile(r"(?i)\s*(?:subject:|to:|from:|dear\b|hi\b|hello\b|hey\b|good (?:morning|afternoon|evening)\b)")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Headers. A field header stands at the start of a line: "4. Instruction:", "**4. Input:**", "### 4) Output",
@@ -43,6 +79,16 @@ _OTHER_SEPARATOR = re.compile(r"[ \t]*(?:([#*\-=_/;~`])(?:[ \t]*\1)+|<!--.*-->|\
 _TITLE = re.compile(
     r"(?i)[ \t]*(?:[#*_> \t-]*(?:task|example)[ \t]*#?\d{1,4}|[#*_]+[ \t]*\d{1,4}|\d{1,4}[.)])[.):]?[*_: \t]*"
 )
+# "**Task 5: French**", "## 5. French": a title with a name behind its number, in marks or with the word task.
+_NAMED_TITLE = re.compile(
+    r"(?i)[ \t]*(?P<marks>[#*_]{0,6})[ \t]{0,3}[*_]{0,3}(?P<task>(?:task|example)[ \t]*\#?)?(?P<number>\d{1,4})"
+    r"[ \t]*[*_]{0,3}[.):–—-][^\n]{0,100}"
+)
+
+
+def _title_number(line: str) -> int | None:
+    found = _NAMED_TITLE.fullmatch(line)
+    return int(found["number"]) if found and (found["marks"] or found["task"]) else None
 
 
 @dataclasses.dataclass
@@ -75,32 +121,45 @@ def _headers(text: str) -> list[_Header]:
 def parse_reply(text: str, first_number: int = 1, cut: bool = False, outputs: bool = True) -> list[ParsedTask]:
     """The tasks of a reply that goes on after "{first_number}. Instruction:" or starts a list of its own.
 
-    `cut`: the reply was ended by its length, so its last task is dropped. `outputs=False` reads a list of
+    `cut`: the reply may have been ended in the middle, so its last task is dropped. `outputs=False` reads a list of
     instructions with inputs, where answers are neither needed nor used. Fragments that are no task come back with
-    `problem` set, in the reply's order; a teacher's remarks before the list are left out.
+    `problem` set, in the reply's order; remarks before and behind the list are left out.
     """
-    text = re.sub(r"\r\n?", "\n", text)
-    text = re.sub(r"(?s)^\s*<think>.*?</think>", "", text)  # some servers leave a reasoning model's thoughts in
+    text = visible_text(re.sub(r"\r\n?", "\n", text))
+    if text is None:
+        return [ParsedTask(None, "", "", "", "thoughts that never end")]
+    tasks = _read_list(text, first_number, cut, outputs)
+    for read in (_read_json, _read_xml) if all(task.problem for task in tasks) else ():
+        tasks = read(text, outputs) or tasks
+    if all(task.problem for task in tasks) and (translated := _in_english(text)) != text:
+        tasks = _read_list(translated, first_number, cut, outputs)
+    return tasks
+
+
+def _read_list(text: str, first_number: int, cut: bool, outputs: bool) -> list[ParsedTask]:
     # Chat models like to repeat the number that the prompt ended with, without its "Instruction:".
     text = re.sub(rf"^\s*{first_number}[.)]\s+(?![*_]*(?i:instruction))", "", text)
-    chunks, numbered = _split_tasks(f"{first_number}. Instruction:\n{text}", first_number, outputs)
+    chunks, numbered, preamble = _split_tasks(f"{first_number}. Instruction:\n{text}", first_number, outputs)
     last = len(chunks) - 1
     if cut:
         chunks = _without_cut_task(chunks)
     elif last > 0 and _last_line(chunks[-1]) == _last_line(chunks[-2]):
         last += 1  # the separator that stood between the tasks stands behind the last one too
-    tasks = [
-        _read_task(chunk, outputs, followed=position < last, numbered=numbered) for position, chunk in enumerate(chunks)
-    ]
-    if all(task.problem for task in tasks):
-        tasks = _read_json(text, outputs) or tasks
+    tasks, title = [], _title_number(_last_line(preamble))
+    for position, chunk in enumerate(chunks):
+        next_title = (first_number + position if title is None else title) + 1
+        if numbered and position + 1 < len(chunks):
+            next_title = _headers(chunks[position + 1])[0].number
+        tasks.append(_read_task(chunk, outputs, position < last, numbered, next_title))
+        title = next_title if _title_number(_last_line(chunk)) == next_title else None
     return tasks
 
 
-def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str], bool]:
-    """One piece of text a task, each beginning with its Instruction header; and whether the reply numbers its tasks.
+def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str], bool, str]:
+    """One piece of text a task, each beginning with its Instruction header; whether the reply numbers its tasks; and
+    the text before the first task.
 
-    The text's first header is the one that the prompt ended with. What follows it is a task, or a remark of a teacher
+    The text's first header is the one that the prompt ended with. What follows it is a task, or a remark of a model
     that begins the list anew.
     """
     headers = _headers(text)
@@ -113,8 +172,8 @@ def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str]
         has_fields = any(header.field != "instruction" for header in _headers(chunks[0]))
         # "4. Instruction:" + "Here are the tasks:", or nothing at all, and then the list.
         if not has_fields and (begins_anew or outputs):
-            chunks = chunks[1:]
-    return chunks, numbered
+            return chunks[1:], numbered, chunks[0]
+    return chunks, numbered, ""
 
 
 def _last_line(text: str) -> str:
@@ -129,8 +188,9 @@ def _without_cut_task(chunks: list[str]) -> list[str]:
     return chunks[:-1]
 
 
-def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool) -> ParsedTask:
-    """One task from its piece of text. `followed`: another task comes after it."""
+def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool, next_title: int | None) -> ParsedTask:
+    """One task from its piece of text. `followed`: another task comes after it, whose title has the number
+    `next_title`, if it has one."""
     start, *headers = _headers(chunk)
 
     def first(field: str, before: int) -> _Header | None:
@@ -149,7 +209,7 @@ def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool) -> Par
     context = (
         _clean(chunk[given.end : output.start if output else len(chunk)], followed and not output) if given else ""
     )
-    answer = _clean(chunk[output.end :], followed, titles=not numbered) if output else ""
+    answer = _clean(chunk[output.end :], followed, not numbered, next_title) if output else ""
     task = ParsedTask(start.number, _without_bold_end(instruction), context, answer if outputs else "")
 
     counted = (given, output) if outputs else (given, output, *(h for h in headers if h.field == "output"))
@@ -165,18 +225,25 @@ def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool) -> Par
     return task
 
 
-def _clean(field: str, followed: bool, titles: bool = False) -> str:
-    """A field's text without outer white space, and without the separators or the title that lead to the next task."""
+def _clean(field: str, followed: bool, titles: bool = False, next_title: int | None = None) -> str:
+    """A field's text without outer white space, and without the separators and the title that lead to the next task,
+    or the remark behind the last one."""
     separator = _FORMAT_SEPARATOR.search(field)
     if separator:
         return field[: separator.start()].strip()
     lines = field.strip().split("\n")
     while len(lines) > 1:
         last, blank_before = lines[-1], not lines[-2].strip()
-        is_separator = _OTHER_SEPARATOR.fullmatch(last) and not _closes_fence(lines)
-        is_title = titles and _TITLE.fullmatch(last) and (blank_before or not last.strip()[0].isdigit())
-        if last.strip() and not (is_title and followed) and not (is_separator and (followed or "`" in last)):
-            break
+        if last.strip():
+            is_separator = _OTHER_SEPARATOR.fullmatch(last) and not _closes_fence(lines)
+            if followed:
+                bare = titles and _TITLE.fullmatch(last) and (blank_before or not last.strip()[0].isdigit())
+                ends = is_separator or bare or (_title_number(last) or -1) == next_title
+            else:
+                ends = is_separator and (blank_before or "`" in last)
+                ends = ends or (blank_before and _CLOSING_REMARK.fullmatch(last.strip()) and not _LETTER.match(field))
+            if not ends:
+                break
         lines.pop()
     text = "\n".join(lines).rstrip()
     bare = text.rstrip("#")  # "... of the answer. ###": the separator, glued to the last line
@@ -214,6 +281,66 @@ def _read_json(text: str, outputs: bool) -> list[ParsedTask]:
         else:
             position += 1  # an outer object; the tasks may be inside
     return tasks
+
+
+_XML_FIELD = re.compile(r"(?is)<(instruction|input|output)\b[^<>]*>(.*?)</\1\s*>")
+
+
+def _read_xml(text: str, outputs: bool) -> list[ParsedTask]:
+    """Tasks of a reply in XML: <instruction>, <input> and <output> elements, whatever stands around them."""
+    tasks = []
+    for field, content in _XML_FIELD.findall(text):
+        content = html.unescape(re.sub(r"(?s)^\s*<!\[CDATA\[(.*?)\]\]>\s*$", r"\1", content)).strip()
+        if field.lower() == "instruction":
+            tasks.append(ParsedTask(None, content, "", "", "no output section" if outputs else None))
+        elif tasks and field.lower() == "input":
+            tasks[-1].input = content
+        elif tasks and outputs:
+            tasks[-1].output, tasks[-1].problem = content, None
+    return tasks
+
+
+# The field names in other languages, and other names in English.
+_NAMES = {
+    "Instruction": (
+        "anweisung|aufgabe|consigne|instrucci[oó]n|instrução|istruzione|instructie|opdracht|instrukcja|polecenie"
+        "|инструкция|задание|інструкція|завдання|talimat|yönerge|hướng dẫn|chỉ dẫn|yêu cầu|instruksi|perintah"
+        "|指令|指示|说明|說明|命令|지시(?:사항)?|명령|التعليمات|تعليمات|التعليمة|निर्देश|دستور(?:العمل)?"
+    ),
+    "Input": (
+        "eingabe|entr[eé]e|entrada|invoer|wejście|dane wejściowe|ввод|вход(?:ные данные)?|введення|вхід|girdi|giriş"
+        "|đầu vào|masukan|输入|輸入|入力|입력|المدخلات|المدخل|الإدخال|इनपुट|ورودی|context"
+    ),
+    "Output": (
+        "ausgabe|antwort|sortie|réponse|salida|respuesta|saída|resposta|uitvoer|wyjście|wynik|вывод"
+        "|выход(?:ные данные)?|ответ|виведення|вихід|відповідь|çıktı|đầu ra|keluaran"
+        "|输出|輸出|出力|출력|المخرجات|المخرج|الإخراج|आउटपुट|خروجی"
+        "|response|answer"
+    ),
+}
+_OTHER_NAMES = [
+    (re.compile(rf"(?im)^([#>*_•\- \t\d.)]{{0,16}})(?:{names})(?=[*_ \t\d]{{0,8}}[:：]|[*_]{{0,3}}[ \t]*$)"), name)
+    for name, names in _NAMES.items()
+]
+
+
+def _in_english(text: str) -> str:
+    """A reply with the names of its fields in English."""
+    for pattern, name in _OTHER_NAMES:
+        text = pattern.sub(rf"\g<1>{name}", text)
+    return text
+
+
+def look_of(text: str) -> str:
+    """What a reply looks like of which no task could be read, with its first lines."""
+    lines = [line for line in text.strip().split("\n") if line.strip()]
+    if sum(line.strip().startswith("|") for line in lines) >= 3:
+        look = "a table"
+    elif text.lstrip()[:1] in ("{", "[", "<"):
+        look = "JSON or XML of another form"
+    else:
+        look = "text without the headers Instruction:, Input: and Output:"
+    return f"{look}, which begins:\n" + "\n".join(f"    {line[:110]}" for line in lines[:4])
 
 
 def _json_text(value) -> str:

@@ -12,8 +12,10 @@ from alpaca.common.journal import Journal, changed_settings
 from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import load_tasks
 from alpaca.generation.client import ModelClient, Reply, RequestFailed, on_interrupt
+from alpaca.generation.filters import check_seeds
 from alpaca.generation.harvest import Candidate, Harvest, harvest_journal, run_records
 from alpaca.generation.output import OutputFiles
+from alpaca.generation.parsing import look_of
 from alpaca.generation.prices import Budget
 from alpaca.generation.prompting import Prompter, answer_prompt
 from alpaca.generation.settings import GenerationSettings, Limits
@@ -31,11 +33,12 @@ def begin_or_go_on(
 ) -> None:
     """Writes this run's settings into the journal, and imports a regen.json of the original script into a new one.
 
-    Raises UserError where the folder's replies were made with other settings.
+    Raises UserError where the folder's replies were made with other settings, and for seeds that need other filters.
     """
     runs = run_records(journal.records)
     begin = {"kind": "run", "time": now(), "target": target, "settings": settings.to_record()}
     if not runs:
+        check_seeds([seed["instruction"] for seed in seeds], settings.unicode_dedup)
         earlier = journal.path.with_name("regen.json")
         begin["seeds"] = list(seeds)
         if earlier.exists():
@@ -125,6 +128,7 @@ class GenerationRun:
         self.end: str | None = None
         self.error: BaseException | None = None
         self._failures: list[str] = []  # kinds of the last failures without a reply between them
+        self._unreadable_shown = False
         self._without_new = 0  # replies in a row without a task that is kept
         self._under_way: dict[asyncio.Task, Request] = {}
         self._changed = asyncio.Event()
@@ -193,7 +197,9 @@ class GenerationRun:
         if request is None:
             return None
         request.most = self.budget.most(request.prompt, self.client.max_tokens)
-        if not self.budget.affords(request.most):
+        # The first reply shows what a request costs at a server that ignores max_tokens.
+        unknown_cost = self.budget.limit is not None and not self.budget.longest_reply and self._under_way
+        if unknown_cost or not self.budget.affords(request.most):
             if not self._under_way:
                 self._stop("budget")
             return None
@@ -274,6 +280,16 @@ class GenerationRun:
             return
         self._stop("error", UserError(f"{reason}\nWhat was answered is kept; run the same command later."))
 
+    def _show_unreadable(self) -> None:
+        """Shows the first reply of this run in which no task could be found."""
+        if self._unreadable_shown or not self.harvest.unreadable:
+            return
+        reply = self.harvest.unreadable[-1]
+        if reply["index"] not in self._of_earlier_runs:
+            self._unreadable_shown = True
+            self.progress.clear()
+            print(f"note: no task could be read from reply {reply['index']}. It is {look_of(reply['text'])}")
+
     def _request_ended(self, task: asyncio.Task) -> None:
         self.budget.reserved -= self._under_way.pop(task).most
         if task.cancelled():
@@ -302,6 +318,7 @@ class GenerationRun:
             # Comparing with a large pool takes a while; meanwhile the event loop goes on asking.
             candidates = await asyncio.to_thread(self.harvest.compare_next)
             self.harvest.take(candidates)
+            self._show_unreadable()
             self._unanswered.extend(filter(self.harvest.needs_answer, candidates))
             if self.files.due():
                 await asyncio.to_thread(self.files.write, self.harvest)

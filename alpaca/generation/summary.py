@@ -96,6 +96,8 @@ def summarize(
         print(f"  {count:>7,} rejected: {reason}")
     for what, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"  {count:>7,} times: {what}")
+    if harvest.unreadable:
+        print(f"  {len(harvest.unreadable):>7,} replies hold no task")
     if failed:
         print(f"  {failed:>7,} requests failed for good")
     cost = f", ${budget.spent:.4f} (${1000 * budget.spent / new:.4f} per 1,000 tasks)" if budget.price and new else ""

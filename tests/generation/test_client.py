@@ -17,7 +17,8 @@ from utils import OpenAIDecodingArguments, openai_completion
 
 def ask(server, prompts=("Say something.",), close=True, **options):
     """Replies (or RequestFaileds) to prompts asked at the same time, and the ModelClient."""
-    options = {"model": "fake-model", "base_url": server.base_url, "max_tokens": 2000, "max_retries": 4, **options}
+    options = {"model": "fake-model", "max_tokens": 2000, "max_retries": 4, **options}
+    options.setdefault("base_url", server and server.base_url)
 
     async def main():
         one = ModelClient(**options)
@@ -346,3 +347,130 @@ def test_the_gate_lets_nobody_through_early():
         return time.monotonic() - begin
 
     assert asyncio.run(main()) >= 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Replies in unusual forms, and refusals in unusual words.
+
+
+def test_content_in_parts_and_usage_in_words_are_read_and_kept():
+    """A list of parts crashed before the reply was kept; so did usage whose numbers are no numbers."""
+    content = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    usage = {"prompt_tokens": "12", "completion_tokens": {"a": 1}, "total_tokens": None}
+    data = {"choices": [{"message": {"content": content}, "finish_reason": "stop"}], "usage": usage}
+    with FakeOpenAI(reply={"sent": data}) as server:
+        (reply,), _ = ask(server)
+    assert reply.text == "Hello" and reply.sent == data
+    assert reply.usage["prompt"] == 12 and reply.usage["completion"] > 0
+    for odd in ("many", [1], 7, {"prompt_tokens": True}, {"prompt_tokens": float("inf"), "completion_tokens": -3}):
+        with FakeOpenAI(reply={"sent": {**data, "usage": odd}}) as server:
+            assert ask(server)[0][0].usage["prompt"] > 0
+
+
+def test_reasoning_that_stands_in_total_tokens_alone_is_counted():
+    """A server counted it nowhere else: cap $0.10, shown $0.03, true $0.20."""
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 900}
+    usage["completion_tokens_details"] = {"reasoning_tokens": 750}
+    with FakeOpenAI(reply={"text": "x", "finish_reason": "stop", "usage": usage}) as server:
+        (reply,), _ = ask(server)
+    assert reply.usage == {"prompt": 100, "completion": 800, "reasoning": 750} and reply.sent is None
+
+
+@pytest.mark.parametrize("sent", [{"error": {"message": "upstream is down"}}, {"choices": []}, [1], {"choices": "x"}])
+def test_a_200_without_a_reply_is_a_failure_in_the_servers_words(sent):
+    """An error in a 200 was tried again and again, and its text was never shown."""
+    with FakeOpenAI(reply={"sent": sent}) as server:
+        (error,), _ = ask(server)
+        assert len(server.log) == 1
+    assert error.kind == "unreadable reply" and error.sent == sent
+    assert str(next(iter(sent))) in str(error)
+
+
+def test_html_instead_of_json_is_shown():
+    """The page of a hotel's network came with status 200."""
+    with FakeOpenAI(faults={"html": 1.0}) as server:
+        (error,), _ = ask(server)
+        assert len(server.log) == 1 and "Sign in to the network" in str(error)
+
+
+def test_a_refused_prompt_is_that_requests_failure():
+    """Azure's content filter (400 content_filter) ended the run."""
+    with FakeOpenAI(faults=lambda number, body: "policy" if "bad" in str(body) else None) as server:
+        (bad, good), _ = ask(server, ["something bad", "something good"])
+    assert isinstance(bad, RequestFailed) and bad.kind == "refused content" and "filtered" in str(bad) and good.text
+
+
+def test_an_unknown_400_is_one_prompts_failure_once_others_were_accepted():
+    """Before the first reply it may be any request's, and stops."""
+    with FakeOpenAI(faults=lambda number, body: "400" if number == 1 else None) as server:
+
+        async def main():
+            one = ModelClient("fake-model", server.base_url)
+            await one.ask("first")
+            with pytest.raises(RequestFailed, match="cannot be tokenised"):
+                await one.ask("second")
+            assert (await one.ask("third")).text
+            await one.close()
+
+        asyncio.run(main())
+    with FakeOpenAI(faults={"400": 1.0}) as server, pytest.raises(UserError, match="refuses the request.*tokenised"):
+        ask(server)
+
+
+@pytest.mark.parametrize(
+    ("message", "most"),
+    [
+        ("max_tokens must be in [1, 2048]", 2048), ("the valid range of max_tokens is [1, 1500]", 1500),
+        ("`max_tokens` must be less than or equal to `1024`, the maximum value", 1024),
+        ("max_tokens is too large: 3072. This model supports at most 900 completion tokens", 900),
+        ("max_tokens must be between 1 and 512", 512), ("max_tokens: maximum is 4096", None),
+        ("'max_tokens' is too large: 3072. This model's maximum context length is 4096 tokens", None),
+    ],
+)  # fmt: skip
+def test_ranges_in_messages(message, most):
+    assert client._range_end(message, 3072) == most
+
+
+def test_a_range_of_max_tokens_shortens_the_reply(capsys):
+    """ "max_tokens must be in [1, 2048]" made the client rename the parameter."""
+    with FakeOpenAI(most_tokens=500) as server:
+        ask(server, ["a", "b", "c"])
+        assert server.log[-1]["body"]["max_tokens"] == 500 and len(server.log) <= 6
+    assert capsys.readouterr().err.count("takes at most 500") >= 1
+
+
+@pytest.mark.parametrize("listed", [[], {"data": None}, {"data": [{"name": "x"}]}, "models", {"data": {"a": 1}}, 7])
+def test_models_that_are_no_list(listed):
+    """/models of a proxy ended in a traceback."""
+    with FakeOpenAI(models=listed) as server:
+        assert client.served_model(server.base_url, prices.DEFAULT_MODEL) == prices.DEFAULT_MODEL
+    with FakeOpenAI(models=b"<html>") as server:
+        assert client.served_model(server.base_url, prices.DEFAULT_MODEL) == prices.DEFAULT_MODEL
+
+
+def test_the_query_of_a_base_url_stays_behind_the_path():
+    """Azure's ?api-version= ended up in the middle: .../v1?api-version=1/chat/completions."""
+    with FakeOpenAI() as server:
+        (reply,), _ = ask(server, base_url=server.base_url + "/?api-version=2026-01-01")
+        assert reply.text and server.query == "api-version=2026-01-01"
+
+
+def test_a_proxy_that_does_not_answer_is_named(monkeypatch):
+    """The message named the server, which was well."""
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(UserError, match="proxy http://127.0.0.1:9 of HTTP_PROXY") as caught:
+        ask(None, base_url="http://192.0.2.1/v1", max_retries=0)
+    assert "secret" not in str(caught.value) and "NO_PROXY" in str(caught.value)
+
+
+def test_rate_limits_without_a_time_are_said_and_bounded_by_the_clock(monkeypatch, capsys):
+    """Without Retry-After the wait was silent, and went on for hours."""
+    monkeypatch.setattr(client, "SAY_AFTER", 0.5)
+    monkeypatch.setattr(client, "RATE_LIMIT_PATIENCE", 1.5)
+    begin = time.monotonic()
+    with FakeOpenAI(faults={"429": 1.0}, retry_after=None) as server:
+        with pytest.raises(UserError, match="(?s)no reply came for.*Rate limit reached"):
+            ask(server, ["a", "b", "c"])
+    assert time.monotonic() - begin < 8
+    assert capsys.readouterr().err.count("limits the rate") == 1

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -319,27 +318,6 @@ def test_a_torn_last_line_is_mended_and_a_broken_one_before_it_is_named(tmp_path
     path.write_text("\n".join([lines[0], lines[1][:30], *lines[2:]]) + "\n")
     with pytest.raises(UserError, match="line 2 is broken"):
         generate(tmp_path / "run", server, 12)
-
-
-def test_ctrl_c_keeps_the_replies_and_says_how_to_go_on(tmp_path):
-    """Status 130, no traceback, and the same command goes on."""
-    with FakeOpenAI(latency=0.1) as server:
-        command = [
-            sys.executable,
-            "generate_instruction.py",
-            "--output_dir",
-            str(tmp_path),
-            "--base_url",
-            server.base_url,
-        ]
-        command += ["--model_name", "m", "--num_instructions_to_generate", "5000", "--max_concurrency", "4"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(server.finished()) < 8:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err and "goes on from there" in out
-    assert len(replies(tmp_path)) >= 7 and jload(tmp_path / "run.json")["outcome"] == "interrupted"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import generate_instruction
 from alpaca.generation.filters import contains_task_header
-from alpaca.generation.parsing import parse_reply
+from alpaca.generation.parsing import look_of, parse_reply, visible_text
 from alpaca.generation.prompting import encode_prompt, next_list_header
 
 HEADERS = [  # how teachers have written the headers of a task
@@ -365,6 +365,116 @@ def test_instructions_only():
         ("Sort the words.", "b a", "", None),
         ("Last one.", "<noinput>", "", None),
     ]
+
+
+@pytest.mark.parametrize("tag", ["think", "thinking", "Thought", "reasoning"])
+@pytest.mark.parametrize("begin", [True, False])
+def test_thoughts_are_no_tasks(tag, begin):
+    """Where the chat template wrote <think>, only the end tag comes, and the thoughts became the first instruction."""
+    draft = "I need tasks.\n4. Instruction: Draft one of four.\n4. Output:\nx\n"
+    text = (f"<{tag}>\n" if begin else "") + f"{draft}</{tag}>\n\n" + write_reply("{n}. {f}:", "###\n")
+    assert rows(parse_reply(text, 4)) == TASKS
+    unclosed = parse_reply(f"<{tag}>\n{draft}", 4)
+    assert [task.problem for task in unclosed] == ["thoughts that never end"]
+
+
+def test_marks_of_the_chat_format_end_a_reply():
+    """<|im_end|> stood in the last output, and behind it the turns that a runaway model made up."""
+    text = write_reply("{n}. {f}:", "\n").rstrip()
+    for end in ("<|im_end|>", "<|im_end|>\n<|im_start|>user\nMore.", "</s>", "<|eot_id|>\n", "<end_of_turn>"):
+        assert rows(parse_reply(text + end, 4)) == TASKS
+    assert visible_text("<s>old</s> new") == "<s>old</s> new"
+
+
+@pytest.mark.parametrize("header", ["{f}:", "**{f}:**", "{n}. {f}:", "**{n}. {f}:**"])
+@pytest.mark.parametrize(
+    "title", ["**Task {n}: French**\n", "## {n}. French\n", "### Task {n} - French\n\n", "**{n}. French:**\n"]
+)
+def test_titles_with_a_name_are_no_part_of_the_answer_before(header, title):
+    """ "**Task 5: French**" stayed at the end of task 4's output."""
+    text = ""
+    for number, (instruction, given, output) in enumerate(TASKS, start=4):
+        text += title.format(n=number) if number > 4 else ""
+        for field, value in (("Instruction", instruction), ("Input", given or "<noinput>"), ("Output", output)):
+            text += f"{header.format(f=field, n=number)} {value}\n"
+        text += "\n"
+    assert rows(parse_reply(text.removeprefix(header.format(f="Instruction", n=4)), 4)) == TASKS
+    assert rows(parse_reply("Sure!\n\n" + title.format(n=4) + text, 4)) == TASKS
+
+
+@pytest.mark.parametrize("last", ["**3. Serve**", "## 3. Serve", "3. Serve", "**Step 3: Serve**", "Task 9: rest."])
+def test_the_last_line_of_a_list_is_no_title(last):
+    """A title carries the next task's number."""
+    tasks = [("Explain how to make tea.", "", f"**1. Boil**\n**2. Pour**\n{last}"), ("Name a colour now.", "", "Red")]
+    for header in ("{n}. {f}:", "{f}:"):
+        text = "".join(
+            f"{header.format(n=n, f='Instruction')} {i}\n{header.format(n=n, f='Output')}\n{o}\n\n"
+            for n, (i, _, o) in enumerate(tasks, 4)
+        )
+        assert rows(parse_reply(text.removeprefix("4. Instruction:"), 4)) == tasks
+
+
+@pytest.mark.parametrize(
+    "remark",
+    [
+        "Let me know if you need more tasks!", "I hope these tasks are helpful.", "---\n\nFeel free to ask for more.",
+        "These tasks cover many kinds of work.", "If you'd like changes, just let me know.", "---", "```", "***",
+        "Would you like me to go on?", "Please let me know if anything is unclear.", "End of the list.",
+    ],
+)  # fmt: skip
+def test_remarks_rules_and_fences_behind_the_list(remark):
+    """They ended up in the last output."""
+    text = write_reply("{n}. {f}:", "\n").rstrip()
+    assert rows(parse_reply(f"{text}\n\n{remark}", 4)) == TASKS
+
+
+def test_the_last_line_of_a_letter_is_no_remark():
+    letter = "Dear Ann,\n\nThe train leaves at five.\n\nLet me know if that suits you."
+    (task,) = parse_reply(f"Write a short letter.\n4. Output:\n{letter}", 4)
+    assert task.output == letter
+    hope = "She waited.\n\nI hope the weather holds, he said."
+    assert parse_reply(f"Write a short story.\n4. Output:\n{hope}", 4)[0].output == hope
+
+
+LANGUAGES = {
+    "de": ("Anweisung", "Eingabe", "Ausgabe"), "fr": ("Consigne", "Entrée", "Sortie"), "zh": ("指令", "输入", "输出"),
+    "es": ("Instrucción", "Entrada", "Salida"), "ru": ("Инструкция", "Ввод", "Вывод"), "ja": ("指示", "入力", "出力"),
+    "vi": ("Hướng dẫn", "Đầu vào", "Đầu ra"), "ar": ("التعليمات", "المدخلات", "المخرجات"),
+    "ko": ("지시", "입력", "출력"), "other words": ("Instruction", "Context", "Response"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", LANGUAGES.values(), ids=LANGUAGES)
+@pytest.mark.parametrize("header", ["{n}. {f}:", "**{n}. {f}：**", "### {f}", "{f}:"])
+def test_headers_in_other_languages(names, header):
+    """A whole reply was lost because its headers were translated like the rest."""
+    text = write_reply(header, "###\n")
+    for english, name in zip(("Instruction", "Input", "Output"), names, strict=True):
+        text = re.sub(rf"\b{english}\b(?=[:：*]|$)", name, text, flags=re.M)
+    assert rows(parse_reply(text, 4)) == TASKS
+
+
+def test_xml_replies():
+    """Some chat models answer in elements."""
+    text = "Here you are.\n<tasks>\n"
+    for instruction, given, output in TASKS:
+        text += f"<task id='1'>\n<instruction>{instruction}</instruction>\n<input>{given}</input>\n"
+        text += f"<output>\n{output.replace('|', '&#124;')}\n</output></task>\n"
+    assert rows(parse_reply(text + "</tasks>", 4)) == TASKS
+    assert rows(parse_reply(text + "<task><instruction>Half of a task", 4, cut=True)) == TASKS
+
+
+@pytest.mark.parametrize(
+    ("text", "look"),
+    [
+        ("| Instruction | Output |\n|---|---|\n| Name a colour. | Red |", "a table, which begins:\n    | Instr"),
+        ("I would rather talk about the weather.", "without the headers Instruction:"),
+        ('{"tasks": [{"question": "?"}]}', "JSON or XML of another form"),
+    ],
+)
+def test_what_a_reply_without_tasks_looks_like(text, look):
+    """Replies in a form that is not read were only counted, so that nobody knew what to change."""
+    assert all(task.problem for task in parse_reply(text, 4)) and look in look_of(text)
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
