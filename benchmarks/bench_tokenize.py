@@ -51,17 +51,15 @@ def one(way: str, data_path: str, tokenizer: str, max_length: int, max_samples: 
     import torch  # noqa: F401  (the imports are not what is measured)
     from check_labels import load_tokenizer
 
-    from alpaca.training import data as train_data
+    from alpaca.training.data import load_rows, tokenize_dataset
 
     tok = load_tokenizer(tokenizer)
     begin, before = time.perf_counter(), time.process_time()
     if way == WAYS[0]:
         rows, tokens = row_by_row(data_path, tok, max_length, max_samples)
     else:
-        dataset = train_data.tokenize_dataset(
-            train_data.load_rows(data_path, max_samples), tok, max_length, cache_dir=cache
-        )
-        rows, tokens = len(dataset), dataset.report["tokens"]
+        dataset = tokenize_dataset(load_rows(data_path, max_samples), tok, max_length, cache_dir=cache)
+        rows, tokens = len(dataset), int(dataset["length"][:].sum())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     figures = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - before}
     print(json.dumps({**figures, "rows": rows, "tokens": tokens, "peak_gb": peak / 1e9}))

@@ -18,8 +18,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from alpaca.common.cli import run_cli
+from alpaca.common.prompt import IGNORE_INDEX
 from alpaca.common.run_record import git_commit, package_versions
+from alpaca.training import attention
+from alpaca.training.data import (
+    PaddedCollator,
+    PaddingFreeCollator,
+    load_rows,
+    takes_logits_to_keep,
+    tokenize_dataset,
+)
+from alpaca.training.library_internals import cpu_has_bf16
+from alpaca.training.report import Flops, peak_tflops
 
 WAYS = ("padded", "padding-free alone", "this recipe", "padded, 4 rows at a time")
 
@@ -28,12 +42,6 @@ class Way:
     """A model, its optimizer and its way to make a batch."""
 
     def __init__(self, name: str, model_path: str, pad_token_id: int, max_length: int, device: str, half: bool):
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from alpaca.training import attention as row_attention
-        from alpaca.training import data as train_data
-
         self.name, self.device, self.half = name, device, half
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
         self.model.config.use_cache = False
@@ -41,20 +49,18 @@ class Way:
         recipe = name == WAYS[2]
         self.rows_at_a_time = 4 if name == WAYS[3] else sys.maxsize
         if name in (WAYS[0], WAYS[3]):
-            self.collate = train_data.PaddedCollator(pad_token_id)
+            self.collate = PaddedCollator(pad_token_id)
         else:
-            by_row = row_attention.fits(self.model, max_length)
+            by_row = attention.fits(self.model, max_length)
             if by_row:
-                self.model.set_attn_implementation(row_attention.register())
-            response_only = recipe and train_data.takes_logits_to_keep(self.model)
-            self.collate = train_data.PaddingFreeCollator(response_only, row_attention=by_row)
+                self.model.set_attn_implementation(attention.register())
+            response_only = recipe and takes_logits_to_keep(self.model)
+            self.collate = PaddingFreeCollator(response_only, row_attention=by_row)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, weight_decay=0.0, fused=recipe or None)
         self.seconds = self.cpu_seconds = 0.0
         self.losses: list[float] = []
 
     def step(self, rows: list[dict]) -> None:
-        import torch
-
         parts = [rows[start : start + self.rows_at_a_time] for start in range(0, len(rows), self.rows_at_a_time)]
         batches = [
             {name: value.to(self.device) if hasattr(value, "to") else value for name, value in batch.items()}
@@ -79,8 +85,6 @@ class Way:
 
 def response_tokens(rows: list[dict]) -> int:
     """How many tokens of `rows` carry loss."""
-    from alpaca.training.data import IGNORE_INDEX
-
     return sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
 
 
@@ -100,19 +104,12 @@ def bench(
     Rows are drawn from `data_path` by `seed`. On a GPU all ways compute in bfloat16 over float32 weights; on a CPU the
     recipe does so where the CPU has the instructions. MFU and peak memory are shown on a GPU.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from alpaca.training import data as train_data
-    from alpaca.training.arguments import cpu_has_bf16
-    from alpaca.training.report import Flops, peak_tflops
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     card = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     tokenizer = AutoTokenizer.from_pretrained(model)
     with tempfile.TemporaryDirectory() as cache:
-        dataset = train_data.tokenize_dataset(train_data.load_rows(data_path), tokenizer, max_length, cache_dir=cache)
+        dataset = tokenize_dataset(load_rows(data_path), tokenizer, max_length, cache_dir=cache)
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
         versions = package_versions()
         print(

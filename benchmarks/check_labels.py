@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
-from alpaca.common.prompt import format_prompt
-from alpaca.training import data as train_data
+from alpaca.common.prompt import IGNORE_INDEX, format_prompt
+from alpaca.training.data import load_rows, tokenize_dataset
 
 BATCH = 1000
 
@@ -44,7 +44,7 @@ def original_rule(tokenizer, prompts: list[str], targets: list[str], max_length:
     alone = tokenizer(prompts, **limit)
     rows = []
     for ids, spans, prompt in zip(whole["input_ids"], whole["offset_mapping"], alone["input_ids"], strict=True):
-        rows.append((ids, [train_data.IGNORE_INDEX] * min(len(prompt), len(ids)) + ids[len(prompt) :], spans))
+        rows.append((ids, [IGNORE_INDEX] * min(len(prompt), len(ids)) + ids[len(prompt) :], spans))
     return rows
 
 
@@ -54,10 +54,10 @@ def check(data_path: str, tokenizer: str, max_length: int = 512, max_samples: in
     `tokenizer`: a checkpoint's folder or name. `max_length` in tokens, as --model_max_length of train.py.
     """
     tok = load_tokenizer(tokenizer)
-    rows = train_data.load_rows(data_path, max_samples)
+    rows = load_rows(data_path, max_samples)
     with tempfile.TemporaryDirectory() as cache:
-        dataset = train_data.tokenize_dataset(rows, tok, max_length, cache_dir=cache)
-        kept = {int(source): place for place, source in enumerate(dataset.source_rows)}
+        dataset = tokenize_dataset(rows, tok, max_length, cache_dir=cache)
+        kept = {int(row): place for place, row in enumerate(dataset["row"][:])}
         counts: collections.Counter[str] = collections.Counter()
         tokens: collections.Counter[str] = collections.Counter()
         faults = []
@@ -69,7 +69,7 @@ def check(data_path: str, tokenizer: str, max_length: int = 512, max_samples: in
             for number, (ids, labels, spans) in enumerate(original_rule(tok, prompts, targets, max_length)):
                 row, prompt = start + number, prompts[number]
                 if row not in kept:
-                    untrained = all(label == train_data.IGNORE_INDEX for label in labels)
+                    untrained = all(label == IGNORE_INDEX for label in labels)
                     counts["dropped, the original has no label either" if untrained else "dropped for no reason"] += 1
                     faults += [] if untrained else [row]
                     continue
@@ -79,7 +79,7 @@ def check(data_path: str, tokenizer: str, max_length: int = 512, max_samples: in
                     continue
                 seam = [i for i, (begin, end) in enumerate(spans) if begin < len(prompt) < end]
                 text = tok.decode(ours["input_ids"])
-                length = dataset.prompt_lengths[kept[row]]
+                length = int(ours["prompt_length"])
                 explained = (
                     bool(seam)
                     and ours["input_ids"][:length].tolist() == alone[number]

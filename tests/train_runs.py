@@ -6,11 +6,12 @@
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from alpaca.common.ports import free_port
 
 
 class Run:
@@ -28,16 +29,11 @@ class Run:
 
 def start(argv, folder: Path, processes: int = 1, environment=None) -> list[int]:
     """Forks `processes` runs of train.py with the words `argv`; their output goes to `folder`/RANK.txt."""
-    import importlib
-
+    # Once, before the fork.
     import train
 
-    for name in ("supervised_trainer", "train_data", "train_report", "training_arguments"):  # once, before the fork
-        importlib.import_module(name)
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pids = []
     for rank in range(processes):
         pid = os.fork()

@@ -16,6 +16,7 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
+from alpaca.training.data import encode_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,7 @@ class Answer:
 
 def prompt_ids(tokenizer, task: dict[str, Any]) -> list[int]:
     """Token ids of a task's prompt, as training sees them: with BOS where the tokenizer puts one, never with EOS."""
-    ids = tokenizer(format_prompt(task))["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+    return encode_prompts(tokenizer, [format_prompt(task)])[0]
 
 
 def decode_answer(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:

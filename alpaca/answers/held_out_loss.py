@@ -10,42 +10,26 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from alpaca.common.errors import UserError
+from alpaca.training.data import PaddedCollator, tokenize_dataset
+from alpaca.training.held_out import loss_on_dataset
 
 
 def held_out_loss(
     model, tokenizer, tasks: Sequence[dict], max_length: int = 512, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Mean negative log-likelihood (nats) of the outputs' tokens and their end token, over all tokens of all rows.
+    """Loss and perplexity of the outputs' tokens and their end token, over all tokens of all rows.
 
     Tokens, labels and truncation are those of training. Returns loss, perplexity, tokens, rows, and
     rows_without_response (rows whose prompt leaves no token of the output within `max_length`).
     """
-    import torch
-
-    from alpaca.training.data import IGNORE_INDEX, PaddedCollator, tokenize_dataset
-
     with tempfile.TemporaryDirectory() as folder:
         rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
-    collate = PaddedCollator(model.generation_config.pad_token_id)
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        with torch.inference_mode():
-            logits = model(**batch).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        ).item()
-        tokens += int((labels != IGNORE_INDEX).sum())
-    if tokens == 0:
-        raise UserError(f"no row has a response token within --max_length {max_length}.")
-    mean = total / tokens
+        collate = PaddedCollator(model.generation_config.pad_token_id)
+        found = loss_on_dataset(model, rows, collate, batch_size, model.device)
     return {
-        "loss": mean,
-        "perplexity": math.exp(mean),
-        "tokens": tokens,
+        "loss": found["loss"],
+        "perplexity": math.exp(found["loss"]),
+        "tokens": found["tokens"],
         "rows": len(rows),
         "rows_without_response": len(tasks) - len(rows),
     }

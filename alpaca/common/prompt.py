@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+IGNORE_INDEX = -100  # the label of a token without loss
+
 PROMPT_DICT = {
     "prompt_input": (
         "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -12,6 +12,8 @@ from typing import Any
 from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import jload, read_jsonl, read_text, refuse_lfs_pointer
 
+TASK_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
 
 def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dict[str, Any]]:
     """Tasks from alpaca_data.json, regen.json, seed_tasks.jsonl (`instances`), or JSONL, CSV or Parquet of such rows.

@@ -1,20 +1,26 @@
-"""Reads train.py's command line: flags, YAML or JSON run files, the spellings of 2023; fits it to the machine.
+"""train.py's command line as plain values: flags, YAML or JSON run files, the spellings of 2023.
 
-Not a command; `python train.py --help` prints what is declared here.
+Not a command; `python train.py --help` prints what is declared here. Neither torch nor transformers is imported, so
+that help and a refused command line come at once.
 """
 
+import ast
+import contextlib
 import dataclasses
-import difflib
+import functools
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError
+import yaml
+
+from alpaca.common.errors import UserError, did_you_mean
+
+DEFAULT_PAD_TOKEN = "[PAD]"  # added where the base's tokenizer has no padding token
 
 
 def flag(default: Any, help: str) -> Any:
@@ -116,11 +122,14 @@ FSDP_WORDS = {
 }
 
 
+TRUE, FALSE = ("true", "1", "yes", "y", "t", "on"), ("false", "0", "no", "n", "f", "off")
+
+
 def is_true(values: Sequence[str]) -> bool:
-    return not values or values[0].lower() in ("true", "1", "yes", "y", "t", "on")
+    return not values or values[0].lower() in TRUE
 
 
-def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int, notes: list[str], problems: list[str]):
+def modernise(pairs: list[tuple[str, list[str]]], processes: int, notes: list[str], problems: list[str]):
     """Rewrites flags that current libraries no longer know; each change leaves one line in `notes`.
 
     `pairs`: (flag without dashes, its values) in the order typed. Returns the list in today's spelling.
@@ -169,10 +178,6 @@ def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int,
         elif name == "fsdp_min_num_params":
             notes.append(f"--fsdp_min_num_params {value} is now a key of --fsdp_config")
             fsdp_config |= {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": int(value)}
-        elif name == "tf32" and is_true(values) and not has_gpu:
-            notes.append("--tf32 True needs an NVIDIA GPU (Ampere or newer); this CPU computes in float32")
-        elif name == "use_liger_kernel" and is_true(values) and not has_gpu:
-            notes.append("--use_liger_kernel True: its kernels run on GPUs alone; this CPU goes on with torch's")
         else:
             modern.append((name, values))
 
@@ -197,17 +202,17 @@ def modernise(pairs: list[tuple[str, list[str]]], has_gpu: bool, processes: int,
 
 def read_mapping(text: str, what: str) -> dict[str, Any]:
     """A mapping from JSON text, or from a YAML or JSON file. Raises UserError where it is neither."""
-    import yaml
-
-    if not text.lstrip().startswith("{"):
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)  # before YAML, which reads 1e-5 as a text
+    else:
         path = Path(text)
         if not path.is_file():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.*")], n=1)
-            hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+            hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.*")], f"{path.parent}/")
             raise UserError(f"{what}: no file {text}.{hint}")
         text = path.read_text(encoding="utf-8")
     try:
-        value = yaml.safe_load(text)  # JSON is YAML
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{what} is not valid YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
@@ -242,166 +247,115 @@ def argv_pairs(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return pairs
 
 
-def parse(pairs: list[tuple[str, list[str]]], classes: Sequence[type], problems: list[str]) -> list[dict[str, Any]]:
-    """Values for each of the dataclasses `classes`; unknown flags and unreadable values are added to `problems`."""
-    from transformers import HfArgumentParser
+class Flag(NamedTuple):
+    kind: str  # the type annotation, as written
+    default: Any
+    help: str
 
-    class Parser(HfArgumentParser):
-        def error(self, message):  # argparse would print 150 flags and leave
-            raise UserError(message)
 
-    parser = Parser(classes, add_help=False, allow_abbrev=False)
-    known = {option.lstrip("-"): action for action in parser._actions for option in action.option_strings}
-    words: list[str] = []
-    for name, values in pairs:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            problems.append(f"no flag --{name}." + (f" Did you mean --{near[0]}?" if near else ""))
+def own_flags(cls: type) -> dict[str, Flag]:
+    """The flags that a dataclass above declares."""
+    return {
+        field.name: Flag(
+            field.type.__name__ if isinstance(field.type, type) else str(field.type),
+            field.default,
+            field.metadata["help"],
+        )
+        for field in dataclasses.fields(cls)
+    }
+
+
+@functools.cache
+def trainer_flags() -> dict[str, Flag]:
+    """The fields of transformers.TrainingArguments, read from its source file: importing the class imports torch.
+
+    A default that is computed there is None here.
+    """
+    (package,) = importlib.util.find_spec("transformers").submodule_search_locations
+    tree = ast.parse((Path(package) / "training_args.py").read_text(encoding="utf-8"))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    flags = {}
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
+            given = {keyword.arg: keyword.value for keyword in node.value.keywords}
+            about = given.get("metadata", ast.Dict([], []))
+            about = {key.value: value for key, value in zip(about.keys, about.values, strict=True)}
+            default = [] if "default_factory" in given else literal(given.get("default"))
+            flags[node.target.id] = Flag(ast.unparse(node.annotation), default, literal(about.get("help")) or "")
+    return flags
+
+
+def literal(node: ast.expr | None) -> Any:
+    """The value of a literal in source code, None for anything else."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
+def all_flags() -> tuple[dict[str, Flag], ...]:
+    """Those of ModelArguments, of DataArguments, and of TrainingArguments with this project's additions."""
+    return own_flags(ModelArguments), own_flags(DataArguments), trainer_flags() | own_flags(RunArguments)
+
+
+def read_value(kind: str, words: Sequence[str]) -> Any:
+    """The value that `words` stand for under the type annotation `kind`; raises ValueError where they are none."""
+    types = {part.strip() for part in kind.split("|")}
+    if "bool" in types and (not words or len(words) == 1):
+        if not words or words[0].lower() in TRUE + FALSE:
+            return is_true(words)
+        if not types - {"bool", "None"}:
+            raise ValueError(f"{words[0]!r} is neither True nor False")
+    if any(part.startswith("list") for part in types) and words:
+        return list(words) if len(words) > 1 or not types & {"str"} else words[0]
+    if len(words) != 1:
+        raise ValueError(f"{' '.join(words)!r} is one value too many" if words else "a value is missing")
+    if any(part.startswith("dict") for part in types) and words[0].lstrip().startswith("{"):
+        return read_mapping(words[0], "the text")
+    for name, read, what in (("int", int, "a whole number"), ("float", float, "a number")):
+        if name in types:
+            try:
+                return read(words[0])
+            except ValueError as error:
+                raise ValueError(f"{words[0]!r} is not {what}") from error
+    return words[0]
+
+
+def parse(pairs: list[tuple[str, list[str]]], problems: list[str]) -> tuple[dict[str, Any], ...]:
+    """Values of all flags: the model's, the data's, the run's; of a flag typed twice the last one holds.
+
+    Unknown flags and unreadable values are added to `problems`.
+    """
+    groups = all_flags()
+    values = tuple({name: flag.default for name, flag in group.items()} for group in groups)
+    known = [name for group in groups for name in group]
+    for name, words in pairs:
+        if name.startswith("no_") and name not in known and not words:  # --no_padding_free
+            name, words = name.removeprefix("no_"), ["False"]
+        place = next((i for i, group in enumerate(groups) if name in group), None)
+        if place is None:
+            problems.append(f"no flag --{name}.{did_you_mean(name, known, '--')}")
             continue
         try:
-            _, rest = parser.parse_known_args([f"--{name}", *values])
-            if rest:
-                raise UserError(f"argument --{name}: {' '.join(rest)!r} is one value too many")
-            words += [f"--{name}", *values]
-        except UserError as error:
-            problems.append(re.sub(r"argument (--\w+)\S*:", r"\1:", " ".join(str(error).split())))
-    namespace = vars(parser.parse_args(words))
-    return [{f.name: namespace[f.name] for f in dataclasses.fields(c) if f.init} for c in classes]
+            values[place][name] = read_value(groups[place][name].kind, words)
+        except ValueError as error:
+            problems.append(f"--{name}: {error}")
+    return values
 
 
-def print_help(argv: Sequence[str]) -> None:
-    """The project's own flags at once; with `--help all` every flag of the Trainer too (that needs torch's import)."""
-    if "all" in argv:
-        from transformers import HfArgumentParser
-
-        from alpaca.training.training_arguments import TrainingArguments
-
-        HfArgumentParser([ModelArguments, DataArguments, TrainingArguments], prog="train.py").print_help()
-        return
+def print_help(everything: bool) -> None:
+    """The project's own flags; with `everything` all settings of the Trainer too."""
     print(f"usage: {Path(sys.argv[0]).name} [RUN.yaml] [--flag value ...]\n")
-    for cls in (ModelArguments, DataArguments, RunArguments):
-        print(cls.__doc__.splitlines()[0])
-        for field in dataclasses.fields(cls):
-            shown = "" if field.default in (None, False) else f" [{field.default}]"
-            print(f"  --{field.name:<24} {field.metadata['help']}{shown}")
+    groups = {cls.__doc__.splitlines()[0]: own_flags(cls) for cls in (ModelArguments, DataArguments, RunArguments)}
+    if everything:
+        groups["The other settings of transformers.TrainingArguments."] = {
+            name: flag for name, flag in trainer_flags().items() if name not in own_flags(RunArguments)
+        }
+    for title, flags in groups.items():
+        print(title)
+        for name, flag in flags.items():
+            shown = "" if flag.default in (None, False, []) else f" [{flag.default}]"
+            print(f"  --{name:<24} {' '.join(flag.help.split())}{shown}")
         print()
-    print("Every setting of transformers.TrainingArguments is a flag too: `train.py --help all` lists them.")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The arguments of a run, for this machine.
-
-
-def read_arguments(argv: Sequence[str], say=print) -> tuple[ModelArguments, DataArguments, Any]:
-    """(ModelArguments, DataArguments, TrainingArguments) for a command line, ready for this machine.
-
-    Raises UserError that lists every problem found. Settings that the hardware lacks are replaced and said so.
-    Starts the process group where torchrun started this process.
-    """
-    if "--help" in argv or "-h" in argv:
-        print_help(argv)
-        sys.exit(0)
-    import torch
-
-    from alpaca.training import cpu_cluster
-    from alpaca.training.run_checks import check
-
-    notes: list[str] = []
-    problems: list[str] = []
-    pairs = argv_pairs(argv)
-    wants_cpu = ([False] + [is_true(values) for name, values in pairs if name in ("use_cpu", "no_cuda")])[-1]
-    has_gpu = torch.accelerator.is_available() and not wants_cpu
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pairs = modernise(pairs, has_gpu, processes, notes, problems)
-    uses_deepspeed = any(name == "deepspeed" and values for name, values in pairs)
-    if not has_gpu:
-        if uses_deepspeed and importlib.util.find_spec("deepspeed"):
-            cpu_cluster.prepare_deepspeed()
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(cpu_cluster.sensible_threads(processes_here))
-
-    from alpaca.training.training_arguments import TrainingArguments
-
-    model, data, run = parse(pairs, (ModelArguments, DataArguments, TrainingArguments), problems)
-    if str(run["resume_from_checkpoint"]).lower() in ("false", "no", "none", "0"):
-        run["resume_from_checkpoint"] = None
-    problems += check(model, data, run, has_gpu)
-    adapt_to_hardware(run, has_gpu, processes, notes)
-    for line in notes:
-        say(f"note: {line}")
-    if not problems:
-        try:
-            args = TrainingArguments(**run)
-        except (ValueError, ImportError, OSError) as error:
-            problems.append(str(error))
-    if problems:
-        listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
-        raise UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with this run:\n{listed}")
-    if processes == 1 and args.n_gpu > 1:
-        # Trainer would fall back on DataParallel, which is slow and cannot split rows that stand end to end.
-        say(f"note: one process trains on one of {args.n_gpu} GPUs; torchrun --nproc_per_node={args.n_gpu} takes all")
-        args._n_gpu = 1
-    if args.fsdp and not has_gpu:
-        cpu_cluster.present_processes_as_devices()
-    return ModelArguments(**model), DataArguments(**data), args
-
-
-def adapt_to_hardware(run: dict[str, Any], has_gpu: bool, processes: int, notes: list[str]) -> None:
-    """Changes `run` into what this machine can do, and Trainer's defaults into what this project means by them."""
-    import torch
-
-    if not has_gpu:
-        run["use_cpu"] = True
-        run["dataloader_pin_memory"] = False
-        if run["bf16"] and not cpu_has_bf16():
-            notes.append("--bf16 True: this CPU has no bfloat16 instructions and would be slower; computing in float32")
-            run["bf16"] = False
-    elif run["bf16"] and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        notes.append("--bf16 True: this GPU has no bfloat16 (it is older than Ampere); computing in fp16 instead")
-        run["bf16"], run["fp16"] = False, True
-    if run["tf32"] and has_gpu and not (
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-    ):  # fmt: skip
-        notes.append("--tf32 True: this GPU has no TF32; computing without")
-        run["tf32"] = None
-    run["fsdp"] = is_true([str(run["fsdp"])])
-    if run["fsdp"]:
-        config = run["fsdp_config"] or {}
-        config = read_mapping(config, "--fsdp_config") if isinstance(config, str) else dict(config)
-        # One full copy while loading, and each rank writes its own shard of a checkpoint: nobody gathers 84 GB.
-        config.setdefault("cpu_ram_efficient_loading", True)
-        config.setdefault("state_dict_type", "SHARDED_STATE_DICT")
-        if not has_gpu and config.pop("cpu_offload", config.pop("fsdp_cpu_offload", False)):
-            notes.append("FSDP's offload is left out: without a GPU the weights are in the CPU's memory already")
-        if not has_gpu and int(config.get("version", 2)) == 1:
-            notes.append("FSDP1 needs GPUs: these CPU processes shard with FSDP2, to the same losses")
-            config["version"] = 2
-        run["fsdp_config"] = config
-        if has_gpu:
-            # What accelerate's own launcher sets, so that tensors offloaded to the CPU get a gloo group beside NCCL.
-            os.environ["ACCELERATE_USE_FSDP"] = "true"
-            os.environ["FSDP_OFFLOAD_PARAMS"] = str(bool(config.get("cpu_offload"))).lower()
-    if run["deepspeed"] and processes == 1:
-        # DeepSpeed looks for a process group even where there is one process.
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    run["logging_nan_inf_filter"] = False  # the trainer stops on a loss that is not finite, and names the rows
-    if run["ddp_find_unused_parameters"] is None:
-        run["ddp_find_unused_parameters"] = False  # every weight of these models takes part in each step
-    run["remove_unused_columns"] = False  # the rows hold nothing else
-
-
-def cpu_has_bf16() -> bool:
-    import torch
-
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    if not everything:
+        print("Every setting of transformers.TrainingArguments is a flag too: `train.py --help all` lists them.")

@@ -8,14 +8,19 @@ times the products that are needed, and a mask of tokens x tokens that every lay
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from alpaca.training.data import PaddingFreeCollator, takes_logits_to_keep
+from alpaca.training.library_internals import attention_kernel, hands_arguments_to_attention
+
 NAME = "sdpa_rows"
 
 
 def register() -> str:
     """Makes the kernel known to transformers; returns its name, for `attn_implementation`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     AttentionInterface.register(NAME, row_attention)
     # Calls without `row_lengths` (evaluation of padded batches, generation) are plain sdpa and need its mask.
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -25,11 +30,8 @@ def register() -> str:
 def row_attention(module, query, key, value, attention_mask, row_lengths: Sequence[int] | None = None, **kwargs):
     """transformers' sdpa for each row of `row_lengths` by itself; query, key, value: [1, heads, tokens, width].
 
-    The batch's mask is not looked at where `row_lengths` are given: causal within the row is all that they mean.
+    Where `row_lengths` are given the batch's mask is not used: each row is causal within itself.
     """
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     rows = zip(*(tensor.split(row_lengths, dim=2) for tensor in (query, key, value)), strict=True)
@@ -47,4 +49,25 @@ def fits(model: Any, max_length: int) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ())
     plain = kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
     plain = plain and not getattr(config, "alibi", False)
-    return plain and model._supports_attention_backend and all(not size or size >= max_length for size in windows)
+    return plain and hands_arguments_to_attention(model) and all(not size or size >= max_length for size in windows)
+
+
+def padding_free_collator(model, args, say=print):
+    """Batches without padding for `model`, whose attention becomes one that does no work between their rows.
+
+    None, and a note, where that attention cannot be had. The mask that transformers would build from restarting
+    positions is no way out: not every model hands them to it, and OPT's rows then see each other.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    flash = attention_kernel(base).startswith("flash_attention")
+    if flash:
+        return PaddingFreeCollator(takes_logits_to_keep(base), flash_attention=True)
+    # torch.compile would make its code anew for each batch's row lengths.
+    if args.torch_compile or attention_kernel(base) != "sdpa":
+        say("note: batches are padded: without flash attention, padding-free ones need sdpa and no --torch_compile")
+    elif not fits(base, args.model_max_length):
+        say(f"note: batches are padded: not every layer of {type(base).__name__} is plain causal attention over a row")
+    else:
+        base.set_attn_implementation(register())
+        return PaddingFreeCollator(takes_logits_to_keep(base), row_attention=True)
+    return None

@@ -3,14 +3,13 @@
 Not a command; train.py imports it. To see what a model would be trained on:
 
     python train.py --model_name_or_path huggyllama/llama-7b --data_path alpaca_data.json --output_dir o --dry_run True
-    python -c "from train_data import *; print(load_rows('seed_tasks.jsonl')[0])"
 
-The cache lies in $XDG_CACHE_HOME/alpaca_tokens (~/.cache/alpaca_tokens), one folder per data, tokenizer, template,
-length and rule; any of them may be deleted at any time.
+The cache lies in $XDG_CACHE_HOME/alpaca_tokens (~/.cache/alpaca_tokens); any file in it may be deleted at any time.
 """
 
-import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -18,19 +17,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_dir, jdump
-from alpaca.common.prompt import PROMPT_DICT, format_prompt
-from alpaca.common.run_record import sha256_file
-from alpaca.common.tasks import check_tasks, load_tasks
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-IGNORE_INDEX = -100
+from alpaca.common.errors import UserError
+from alpaca.common.files import jdump, jload
+from alpaca.common.prompt import IGNORE_INDEX, format_prompt
+from alpaca.common.run_record import sha256_file
+from alpaca.common.tasks import TASK_FILES, check_tasks, load_tasks
+
 TRUNCATIONS = ("cut", "cut_eos", "drop")
 
-# Part of the cache's key: raised whenever the rule below or the layout on disk changes.
-CACHE_VERSION = 1
+# Part of the cache's key: raised whenever the rule below or the columns on disk change.
+CACHE_VERSION = 2
 # Rows given to the tokenizer at once: enough for all cores, few enough that the encodings stay in some 50 MB.
-CHUNK = 2048
+BATCH_SIZE = 2048
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows.
@@ -39,22 +43,23 @@ CHUNK = 2048
 def load_rows(data_paths: str | Sequence[str], max_samples: int | None = None) -> list[dict[str, Any]]:
     """Tasks of one or several sources, in order, at most `max_samples` of them.
 
-    `data_paths`: a path, several in a list or separated by commas; each an alpaca_data.json, regen.json, JSONL or
-    seed_tasks.jsonl file, or the name (or folder) of a Hugging Face dataset, whose train split is taken. Raises
-    UserError that names file and row where a row cannot be read.
+    `data_paths`: a path, several in a list or separated by commas; each a file that alpaca.common.tasks reads, or the
+    name (or folder) of a Hugging Face dataset, whose train split is taken. Raises UserError that names file and row
+    where a row cannot be read.
     """
     if isinstance(data_paths, str):
         data_paths = [data_paths] if Path(data_paths).is_file() else data_paths.split(",")
     rows = []
     for source in (str(path).strip() for path in data_paths):
-        looks_like_file = Path(source).suffix in (".json", ".jsonl") or Path(source).is_file()
-        rows += load_tasks(source) if looks_like_file else _load_hub_dataset(source)
+        rows += (
+            load_tasks(source)
+            if (Path(source).is_file() or Path(source).suffix in TASK_FILES)
+            else _load_hub_dataset(source)
+        )
     return rows[:max_samples]
 
 
 def _load_hub_dataset(name: str) -> list[dict[str, Any]]:
-    import datasets
-
     try:
         dataset = datasets.load_dataset(name, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
@@ -81,47 +86,103 @@ def split_validation(
 # The rule: prompt + output + EOS, loss on output + EOS only.
 
 
-class PairEncoder:
-    """Token ids of (source, target) texts, where the target carries the EOS token's text at its end.
+class TextEncoder:
+    """Token ids of prompts and answers by a tokenizer, free of the padding and truncation that calls leave in it.
 
-    The ids are the tokenizer's own of source + target wherever these begin with its ids of the source alone. Where
-    they do not, one token straddles the source's end (LLaMA's ":-"); at inference the model is fed the source's own
-    ids, so there the text is split at the source's end and the target is tokenised as its continuation.
+    All of a text is text: where it spells a special token ("</s>", "<|im_end|>"), the ids are those of its characters.
+    Else a row of data could end an answer in its middle, or open another one's turn.
     """
 
     def __init__(self, tokenizer):
-        """Raises UserError for a tokenizer that is not a fast one, that has no EOS, or that appends tokens."""
-        from alpaca.training.batch_encoder import BatchEncoder
-
-        name = tokenizer.name_or_path
+        """Raises UserError for a tokenizer that is not a fast one."""
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
                 f"{type(tokenizer).__name__} has no fast tokenizer; save it once with a tokenizer.json "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and pass that folder."
             )
-        if tokenizer.eos_token is None:
-            raise UserError(f"the tokenizer {name} has no eos_token, which marks an answer's end.")
-        self.encode = BatchEncoder(tokenizer.backend_tokenizer)
-        self.eos, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
-        if self.encode.after:
-            raise UserError(
-                f"the tokenizer {name} adds tokens after every text ({self.encode.after}). "
-                "Set add_eos_token to false in its tokenizer_config.json; answers get their EOS here."
-            )
-        if self.encode.continuation("a" + self.eos)[-1] != self.eos_id:
-            raise UserError(f"the tokenizer {name} cannot read its own eos_token {self.eos!r}.")
+        self.eos_id = tokenizer.eos_token_id
+        # What the tokenizer puts before (BOS) and after every text.
+        whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+        place = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        self.before, self.after = whole[:place], whole[place + len(plain) :]
+        self.layout = text_only(json.loads(tokenizer.backend_tokenizer.to_str()), set(tokenizer.all_special_tokens))
+        self._tokenizer = text_tokenizer(self.layout)
+        parts = ("normalizer", "pre_tokenizer")
+        self._going_on = text_tokenizer(self.layout | {part: without_dummy_blank(self.layout[part]) for part in parts})
 
-    def fingerprint(self) -> str:
-        """Hex sha256 of all that decides the ids."""
-        return hashlib.sha256(f"{json.dumps(self.encode.layout)}\n{self.eos}\n{self.eos_id}".encode()).hexdigest()
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that an answer will follow: BOS where the tokenizer puts one, nothing at the end."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[*self.before, *encoding.ids] for encoding in encodings]
 
-    def __call__(self, sources: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[list[int], int, bool]]:
-        """For each pair: its ids (not truncated), how many of them are the source's, whether a token was split."""
-        prompts = self.encode(sources)
-        wholes = self.encode([source + target for source, target in zip(sources, targets, strict=True)])
-        for prompt, whole, target in zip(prompts, wholes, targets, strict=True):
-            straddles = whole[: len(prompt)] != prompt
-            yield (prompt + self.encode.continuation(target) if straddles else whole), len(prompt), straddles
+    def pairs(self, prompts: Sequence[str], answers: Sequence[str]) -> Iterator[tuple[list[int], int, bool]]:
+        """For each pair: ids of prompt + answer + EOS, how many are the prompt's, whether a token was split between.
+
+        The ids are the tokenizer's own of the whole text wherever these begin with its ids of the prompt alone. Where
+        they do not, one token straddles the prompt's end (LLaMA's ":-"); at inference the model is fed the prompt's own
+        ids, so there the text is split at the prompt's end and the answer is tokenised as its continuation.
+        """
+        wholes = self._tokenizer.encode_batch(list(map(str.__add__, prompts, answers)), add_special_tokens=False)
+        for prompt, answer, whole in zip(prompts, answers, wholes, strict=True):
+            ids, straddles = [*self.before, *whole.ids], False
+            # A token that begins with the answer: merges within the prompt are then those of the prompt alone. Offsets
+            # leave out blanks, so behind one they prove nothing.
+            first = whole.char_to_token(len(prompt)) if not prompt[-1:].isspace() else None
+            if first is not None and whole.token_to_chars(first)[0] == len(prompt):
+                length = len(self.before) + first
+            else:
+                (alone,) = self.prompts([prompt])
+                length, straddles = len(alone), ids[: len(alone)] != alone
+                if straddles:
+                    ids = alone + self._going_on.encode(answer, add_special_tokens=False).ids
+            yield [*ids, self.eos_id], length, straddles
+
+
+def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of prompts as training and inference both feed them to a model: BOS where there is one, no EOS."""
+    if tokenizer.is_fast:
+        return text_encoder(tokenizer).prompts(prompts)
+    rows = tokenizer(list(prompts), split_special_tokens=True)["input_ids"]
+    return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in rows]
+
+
+@functools.lru_cache(maxsize=8)
+def text_encoder(tokenizer) -> TextEncoder:
+    return TextEncoder(tokenizer)
+
+
+def text_only(layout: dict[str, Any], special: set[str]) -> dict[str, Any]:
+    """A tokenizer's JSON layout, changed so that no text gives one of the `special` tokens; no padding, no truncation.
+
+    Holds for a tokenizer with `encode_special_tokens` set, which spares the tokens that are marked as special.
+    """
+    for token in layout["added_tokens"]:
+        token["special"] |= token["content"] in special
+    model, special = layout["model"], {token["content"] for token in layout["added_tokens"] if token["special"]}
+    if model["type"] == "BPE":  # SentencePiece's merges, derived from its vocabulary, may end in "</s>"
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in special]
+    elif model["type"] == "Unigram":  # and its scores make control tokens, which have 0, the likeliest of all
+        lowest = min(score for _, score in model["vocab"])
+        model["vocab"] = [[piece, lowest - 1000 if piece in special else score] for piece, score in model["vocab"]]
+    return layout | {"padding": None, "truncation": None}
+
+
+def text_tokenizer(layout: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(layout))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def without_dummy_blank(node: Any) -> Any:
+    """Part of a tokenizer's layout with everything switched off that puts a blank before the text."""
+    if isinstance(node, list):
+        return [kept for kept in map(without_dummy_blank, node) if kept is not None]
+    if isinstance(node, dict):
+        if node.get("type") == "Prepend":
+            return None
+        off = {"prepend_scheme": "never", "add_prefix_space": False}
+        return {key: off.get(key, without_dummy_blank(value)) for key, value in node.items()}
+    return node
 
 
 def truncate(ids: Sequence[int], prompt_length: int, max_length: int, truncation: str, eos_id: int) -> Sequence[int]:
@@ -144,48 +205,6 @@ def truncate(ids: Sequence[int], prompt_length: int, max_length: int, truncation
 # Tokenised once, kept on disk, mapped into memory by every process.
 
 
-class TokenDataset:
-    """Tokenised rows in one flat array; an item is {"input_ids": int64 [n], "labels": int64 [n]} as numpy arrays.
-
-    `lengths` and `prompt_lengths`: int64 [rows], in tokens. `source_rows`: the row's place in the rows that were
-    tokenised. `report`: counts, see `tokenize_dataset`.
-    """
-
-    def __init__(self, tokens, index, report: dict[str, Any]):
-        """`tokens`: int32 [total]; `index`: int64 [rows, 3] of end in `tokens`, prompt length, source row."""
-        import numpy as np
-
-        self.tokens, self.report = tokens, report
-        self.ends, self.prompt_lengths, self.source_rows = np.ascontiguousarray(index.T)
-        self.lengths = np.diff(self.ends, prepend=0)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int | str) -> Any:
-        if isinstance(number, str):  # a whole column, as datasets.Dataset gives it
-            return [self[row][number] for row in range(len(self))]
-        end = self.ends[number]
-        ids = self.tokens[end - self.lengths[number] : end].astype("int64")
-        labels = ids.copy()
-        labels[: self.prompt_lengths[number]] = IGNORE_INDEX
-        return {"input_ids": ids, "labels": labels}
-
-    @classmethod
-    def open(cls, folder: Path) -> "TokenDataset | None":
-        """The rows kept in `folder`, memory-mapped; None where there are none, or not the bytes that were written."""
-        import numpy as np
-
-        try:
-            report = json.loads((folder / "report.json").read_text())
-            if any(sha256_file(folder / name) != digest for name, digest in report["sha256"].items()):
-                return None
-            tokens = np.memmap(folder / "tokens.int32", dtype=np.int32, mode="r")
-            return cls(tokens, np.load(folder / "index.npy"), report)
-        except (OSError, ValueError, KeyError):
-            return None
-
-
 def tokenize_dataset(
     rows: Sequence[Mapping[str, Any]],
     tokenizer,
@@ -193,105 +212,135 @@ def tokenize_dataset(
     truncation: str = "cut",
     cache_dir: str | os.PathLike | None = None,
     num_proc: int | None = None,
-) -> TokenDataset:
-    """Tokenises `rows` on all cores, or opens what an earlier call with the same content, tokenizer and rule left.
+) -> datasets.Dataset:
+    """Tokenises `rows`, or maps into memory what an earlier call with the same texts, tokenizer and rule left.
 
-    Safe to call from every process of a run: one does the work, the others wait for its files. `truncation`: see
-    `truncate`. `cache_dir`: where the tokens are kept; the default is named at the top of this file. `num_proc`:
-    threads of the tokenizer (default: all cores); the first call of a process decides.
-
-    The report's counts: rows (given), kept, dropped (no answer token within `max_length`, or too long under "drop"),
-    cut, straddling (a token was split at the prompt's end), empty_outputs, tokens, response_tokens, longest.
-    Raises UserError where no row is left, or the cache cannot be written.
+    `truncation`: see `truncate`. `cache_dir`: where the tokens are kept; the default is named at the top of this file.
+    `num_proc`: processes (default: one, whose tokenizer uses all cores). In numpy format, a row of the result has
+    input_ids and labels (int64), length and prompt_length in tokens, row (its place in `rows`), straddles (a token was
+    split at the prompt's end) and cut. Rows without an answer token are left out. Raises UserError where no row is
+    left, where the tokenizer appends tokens to a text or has no EOS, or where the cache cannot be written.
     """
-    if truncation not in TRUNCATIONS:
-        raise UserError(f"--truncation {truncation}: expected one of {', '.join(TRUNCATIONS)}.")
-    if num_proc:
-        os.environ["RAYON_NUM_THREADS"] = str(num_proc)
-    encoder = PairEncoder(tokenizer)
-    key = _cache_key(rows, encoder, max_length, truncation)
+    encoder = TextEncoder(tokenizer)
+    if encoder.eos_id is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path} has no eos_token, which marks an answer's end.")
+    if encoder.after:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path} adds tokens after every text ({encoder.after}). "
+            "Set add_eos_token to false in its tokenizer_config.json; answers get their EOS here."
+        )
+    prompts, answers = [format_prompt(row) for row in rows], [row["output"] for row in rows]
+    key = _cache_key(encoder, [max_length, truncation], prompts, answers)
     cache = Path(cache_dir or default_cache_dir())
-    folder = cache / key
-    dataset = TokenDataset.open(folder)
-    if dataset is None:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with _only_one_process(cache / f"{key}.lock"):
-                dataset = TokenDataset.open(folder)
-                if dataset is None:
-                    _write_tokens(rows, encoder, max_length, truncation, folder)
-                    dataset = TokenDataset.open(folder)
-        except OSError as error:
-            raise UserError(
-                f"the tokenised data cannot be kept in {cache} ({error}). Name a folder that can be written: "
-                "--data_cache_dir DIR"
-            ) from error
-    return dataset
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        sums, intact = cache / f"{key}.json", _is_intact(cache / f"{key}.json")
+        if not intact:
+            for file in cache.glob(f"{key}*"):
+                file.unlink()
+        tokenised = datasets.Dataset.from_dict({"prompt": prompts, "answer": answers}).map(
+            functools.partial(_tokenise, encoder=encoder, max_length=max_length, truncation=truncation),
+            with_indices=True, batched=True, batch_size=BATCH_SIZE, remove_columns=["prompt", "answer"],
+            features=FEATURES, num_proc=num_proc, cache_file_name=str(cache / f"{key}.arrow"), new_fingerprint=key,
+            desc="tokenise",
+        )  # fmt: skip
+        if not intact:
+            jdump({Path(part["filename"]).name: sha256_file(part["filename"]) for part in tokenised.cache_files}, sums)
+    except OSError as error:
+        raise UserError(
+            f"the tokenised data cannot be kept in {cache} ({error}). Name a folder that can be written: "
+            "--data_cache_dir DIR"
+        ) from error
+    if not len(tokenised):
+        raise UserError(
+            f"none of the {len(rows)} rows has an answer token within {max_length} tokens; raise that limit "
+            "(--model_max_length; in evaluation.py --max_length)"
+        )
+    return tokenised.with_format("numpy")
+
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        **{name: datasets.Value("int32") for name in ("length", "prompt_length", "row")},
+        **{name: datasets.Value("bool") for name in ("straddles", "cut")},
+    }
+)
+
+
+def _tokenise(
+    batch: Mapping[str, list[str]], places: Sequence[int], encoder: TextEncoder, max_length: int, truncation: str
+) -> dict[str, list]:
+    columns: dict[str, list] = {name: [] for name in FEATURES}
+    for place, (ids, prompt_length, straddles) in zip(
+        places, encoder.pairs(batch["prompt"], batch["answer"]), strict=True
+    ):
+        trained = truncate(ids, prompt_length, max_length, truncation, encoder.eos_id)
+        if trained:
+            labels = [IGNORE_INDEX] * prompt_length + trained[prompt_length:]
+            values = trained, labels, len(trained), prompt_length, place, straddles, len(ids) > max_length
+            for name, value in zip(FEATURES, values, strict=True):
+                columns[name].append(value)
+    return columns
 
 
 def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alpaca_tokens"
 
 
-def _cache_key(rows, encoder: PairEncoder, max_length: int, truncation: str) -> str:
-    digest = hashlib.sha256()
-    for part in (CACHE_VERSION, encoder.fingerprint(), PROMPT_DICT, max_length, truncation):
-        digest.update(f"{part}\n".encode())
-    for row in rows:
-        digest.update(
-            f"{row['instruction']}\0{row.get('input') or ''}\0{row['output']}\0".encode(errors="surrogatepass")
-        )
+def _cache_key(encoder: TextEncoder, limits: Sequence[Any], *texts: Sequence[str]) -> str:
+    """Hex digest of all that decides the ids. The tokenizer's own hash changes whenever it is used."""
+    digest = hashlib.sha256(
+        json.dumps([CACHE_VERSION, encoder.layout, encoder.before, encoder.eos_id, limits]).encode()
+    )
+    for column in texts:
+        digest.update("\0".join(column).encode())
     return digest.hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def _only_one_process(lock: Path) -> Iterator[None]:
-    """Holds `lock` for the block. The system frees it when its holder dies, so a killed run blocks nobody."""
-    import fcntl
-
-    with open(lock, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _is_intact(sums: Path) -> bool:
+    """Whether the files of an earlier call hold the bytes that it wrote."""
+    try:
+        return all(sha256_file(sums.with_name(name)) == digest for name, digest in jload(sums).items())
+    except (OSError, UserError):
+        return False
 
 
-def _write_tokens(rows, encoder: PairEncoder, max_length: int, truncation: str, folder: Path) -> None:
-    import numpy as np
-    from tqdm import tqdm
+def data_report(dataset: datasets.Dataset, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Counts of a tokenised dataset and of the `rows` that it was made from."""
+    lengths, prompt_lengths = dataset["length"][:], dataset["prompt_length"][:]
+    return {
+        "rows": len(rows),
+        "kept": len(dataset),
+        "dropped": len(rows) - len(dataset),
+        "cut": int(dataset["cut"][:].sum()),
+        "straddling": int(dataset["straddles"][:].sum()),
+        "empty_outputs": sum(not row["output"].strip() for row in rows),
+        "tokens": int(lengths.sum()),
+        "response_tokens": int((lengths - prompt_lengths).sum()),
+        "longest": int(lengths.max()),
+    }
 
-    counts = dict.fromkeys(("dropped", "cut", "straddling", "empty_outputs", "tokens", "response_tokens", "longest"), 0)
-    index = []
-    with atomic_dir(folder, overwrite=True) as beside:
-        with open(beside / "tokens.int32", "wb") as stream, tqdm(total=len(rows), desc="tokenise", unit="row") as bar:
-            for start in range(0, len(rows), CHUNK):
-                chunk = rows[start : start + CHUNK]
-                sources = [format_prompt(row) for row in chunk]
-                targets = [row["output"] + encoder.eos for row in chunk]
-                kept = []
-                for number, (ids, prompt_length, straddles) in enumerate(encoder(sources, targets), start=start):
-                    counts["empty_outputs"] += not rows[number]["output"].strip()
-                    counts["straddling"] += straddles
-                    trained = truncate(ids, prompt_length, max_length, truncation, encoder.eos_id)
-                    if not trained:
-                        counts["dropped"] += 1
-                        continue
-                    counts["cut"] += len(ids) > max_length
-                    counts["tokens"] += len(trained)
-                    counts["response_tokens"] += len(trained) - prompt_length
-                    counts["longest"] = max(counts["longest"], len(trained))
-                    kept += trained
-                    index.append((counts["tokens"], prompt_length, number))
-                np.asarray(kept, dtype=np.int32).tofile(stream)
-                bar.update(len(chunk))
-        if not index:
-            raise UserError(
-                f"none of the {len(rows)} rows has an answer token within {max_length} tokens; raise that limit "
-                "(--model_max_length; in evaluation.py --max_length)"
-            )
-        np.save(beside / "index.npy", np.asarray(index, dtype=np.int64).reshape(-1, 3))
-        hashes = {name: sha256_file(beside / name) for name in ("tokens.int32", "index.npy")}
-        settings = {"max_length": max_length, "truncation": truncation}
-        report = {"rows": len(rows), "kept": len(index), **counts, **settings, "sha256": hashes}
-        jdump(report, beside / "report.json")
+
+def load_data(
+    data_args, max_length: int, seed: int, tokenizer, say=print
+) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, int]]:
+    """Tokenised training rows, tokenised held-out rows (None where none are asked for), counts of the training rows."""
+    rows, held_out = load_rows(data_args.data_path, data_args.max_train_samples), None
+    if data_args.eval_data_path:
+        held_out = load_rows(data_args.eval_data_path)
+        known = {(row["instruction"], row["input"]) for row in held_out}
+        seen, rows = len(rows), [row for row in rows if (row["instruction"], row["input"]) not in known]
+        if len(rows) < seen:
+            say(f"{seen - len(rows)} rows of --data_path are in --eval_data_path too and are not trained on")
+    elif data_args.val_size:
+        rows, held_out = split_validation(rows, data_args.val_size, seed)
+    options = data_args.truncation, data_args.data_cache_dir, data_args.preprocessing_workers
+    train_set = tokenize_dataset(rows, tokenizer, max_length, *options)
+    eval_set = tokenize_dataset(held_out, tokenizer, max_length, *options) if held_out else None
+    limits = {"max_length": max_length, "truncation": data_args.truncation}
+    return train_set, eval_set, data_report(train_set, rows) | limits
 
 
 def describe_example(example: Mapping[str, Any], tokenizer) -> str:
@@ -324,14 +373,11 @@ class PaddedCollator:
     The attention mask follows from the rows' lengths, never from the ids: where pad is eos, a row's own EOS counts.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
-        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of or 1
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        import torch
-
-        longest = max(len(example["input_ids"]) for example in examples)
-        shape = len(examples), -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = len(examples), max(len(example["input_ids"]) for example in examples)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORE_INDEX),
@@ -361,9 +407,6 @@ class PaddingFreeCollator:
         self.response_only, self.flash_attention, self.row_attention = response_only, flash_attention, row_attention
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        import numpy as np
-        import torch
-
         lengths = [len(example["input_ids"]) for example in examples]
         ends = np.cumsum(lengths)
         labels = np.concatenate([example["labels"] for example in examples])
@@ -389,10 +432,6 @@ class PaddingFreeCollator:
 
 def takes_logits_to_keep(model) -> bool:
     """Whether `model` can be asked for the logits of chosen positions and a loss on these (see PaddingFreeCollator)."""
-    import inspect
-
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
     return "logits_to_keep" in inspect.signature(model.forward).parameters and model.loss_function is ForCausalLMLoss
 
@@ -408,12 +447,12 @@ def count_tokens(batch: Mapping[str, Any]) -> tuple[Any, int]:
 
 
 def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dict[str, list]:
-    """`input_ids` and `labels` (int64 tensors) of prompts and of outputs that end in EOS, cut at model_max_length."""
-    import torch
-
+    """`input_ids` and `labels` (int64 tensors) of prompts and of outputs with their EOS, cut at model_max_length."""
     input_ids, labels = [], []
-    for ids, prompt_length, _ in PairEncoder(tokenizer)(sources, targets):
-        row = torch.tensor(ids[: tokenizer.model_max_length])
+    answers = [target.removesuffix(tokenizer.eos_token) for target in targets]
+    encoded = TextEncoder(tokenizer).pairs(sources, answers)
+    for (ids, prompt_length, _), answer, target in zip(encoded, answers, targets, strict=True):
+        row = torch.tensor(ids[: len(ids) - (answer == target)][: tokenizer.model_max_length])
         input_ids.append(row)
         labels.append(row.clone())
         labels[-1][:prompt_length] = IGNORE_INDEX

@@ -6,24 +6,29 @@ Not a command; `train.py --dry_run True` prints the table, and so does every run
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
 from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from alpaca.training import attention
+from alpaca.training import library_internals as internals
+from alpaca.training.model import adapter_targets, empty_model
 
 GB = 1e9
 
 
 def memory_estimate(
-    config: Any, args: Any, model_args: Any, padding_free: bool = True, logits_share: float = 1.0
+    config: Any, args: Any, model_args: Any, padding_free: bool = True
 ) -> list[tuple[str, float, float]]:
     """(part, GB on the accelerator, GB in host memory) of one process, for the largest micro-batch: all rows full.
 
     Shapes come from `config` alone; weights are never loaded. Activations are what autograd keeps of one forward pass,
-    found by running it on tensors without memory. `logits_share`: the share of positions whose logits are computed
-    (padding-free batches project the answers only). Not counted: the allocator's fragments, kernels' workspaces, the
-    few hundred MB of a CUDA context. On a CPU "the accelerator" is host memory too.
+    found by running it on tensors without memory. Not counted: the allocator's fragments, kernels' workspaces, the few
+    hundred MB of a CUDA context. On a CPU "the accelerator" is host memory too.
     """
-    import torch
-
     weights = count_weights(config, model_args)
     adapters = bool(model_args.lora_r or model_args.qlora)
     stored = _weight_dtype(config, model_args).itemsize
@@ -66,7 +71,7 @@ def memory_estimate(
     if args.activation_checkpointing:
         # Each layer keeps its input; one layer at a time is computed again.
         inside = layers * rows * length * weights["hidden"] * compute + inside / layers
-    vocabulary = rows * length * weights["vocabulary"] * logits_share
+    vocabulary = rows * length * weights["vocabulary"]
     live["activations of the layers"] = inside
     # In the compute type, in float32, its log-softmax, and the gradient of that.
     live["logits and loss"] = vocabulary * (compute + 3 * 4 if half else 3 * 4)
@@ -92,8 +97,6 @@ def memory_table(estimate: list[tuple[str, float, float]]) -> str:
 
 
 def _weight_dtype(config: Any, model_args: Any) -> Any:
-    import torch
-
     return config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
 
 
@@ -125,10 +128,6 @@ def _offloaded(args: Any, zero3: bool) -> set[str]:
 
 def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     """Weights of the model (tied ones once): all, in linear layers, in one layer, outside the layers, in adapters."""
-    import torch
-
-    from alpaca.training.model import attention_projections, empty_model
-
     model = empty_model(config)
     layers = _layers(model)
     everything = model.num_parameters()
@@ -136,8 +135,7 @@ def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     adapters = 0
     if model_args.lora_r or model_args.qlora:
-        wish = model_args.lora_target_modules
-        targets = [part.strip() for part in wish.split(",")] if wish else attention_projections(model)
+        targets = adapter_targets(model, model_args)
         for name, module in model.named_modules():
             if name.rsplit(".", 1)[-1] in targets:
                 adapters += (model_args.lora_r or 16) * sum(module.weight.shape)
@@ -154,8 +152,7 @@ def count_weights(config: Any, model_args: Any) -> dict[str, int]:
 
 
 def _layers(model: Any) -> list[Any]:
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if type(module).__name__ in internals.layer_classes(model)]
 
 
 def activation_bytes(
@@ -165,61 +162,25 @@ def activation_bytes(
 
     The pass runs on fake tensors: shapes and types go through the real model's code, no memory is taken.
     """
-    import copy
-
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    from alpaca.training import attention as row_attention
-    from alpaca.training.model import unsharded
-
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager" if model_args.attn_implementation == "eager" else None
     half = torch.bfloat16 if args.bf16 or args.fp16 else None
     cast = torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext()
     counted = {"layers": 0, "outside": 0, "count": 0}
-    with unsharded(), FakeTensorMode(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=_weight_dtype(config, model_args))
+    eager = {"attn_implementation": "eager"} if model_args.attn_implementation == "eager" else {}
+    with internals.unsharded(), internals.fake_tensors(), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=_weight_dtype(config, model_args), **eager
+        )
         model.train()
         if model_args.lora_r or model_args.qlora:
             model.requires_grad_(False)
             model.enable_input_require_grads()
         counted["count"] = len(_layers(model))
-        if padding_free and model.config._attn_implementation == "sdpa" and row_attention.fits(model, length):
-            model.set_attn_implementation(row_attention.register())
-            shape, how = (1, rows * length), {"row_lengths": (length,) * rows}
+        if padding_free and internals.attention_kernel(model) == "sdpa" and attention.fits(model, length):
+            model.set_attn_implementation(attention.register())
+            shape, boundaries = (1, rows * length), {"row_lengths": (length,) * rows}
         else:
-            shape, how = (rows, length), {}
+            shape, boundaries = (rows, length), {}
         ids = torch.zeros(shape, dtype=torch.long)
-        with cast, _count_kept(model, counted):
-            model.get_decoder()(input_ids=ids, use_cache=False, **how)
+        with cast, internals.count_saved_tensors(model, _layers(model), counted):
+            model.get_decoder()(input_ids=ids, use_cache=False, **boundaries)
     return counted
-
-
-@contextlib.contextmanager
-def _count_kept(model: Any, counted: dict[str, int]) -> Iterator[None]:
-    """Adds each storage that autograd keeps within the block to `counted`, once, and never the weights' own."""
-    import torch
-
-    seen = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    where = ["outside"]
-    keep_alive = []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            keep_alive.append(tensor)  # else the next tensor could get its address
-            counted[where[-1]] += storage.nbytes()
-        return tensor
-
-    hooks = []
-    for layer in _layers(model):
-        hooks.append(layer.register_forward_pre_hook(lambda *_: where.append("layers")))
-        hooks.append(layer.register_forward_hook(lambda *_: where.pop() and None))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
-    for hook in hooks:
-        hook.remove()

@@ -6,19 +6,24 @@ Not a command; train.py uses it.
     model = load_model(model_args, training_args, tokenizer, say=print)
 """
 
-import contextlib
 import importlib.util
 from typing import Any
 
-from alpaca.common.errors import UserError
+import peft
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+from transformers.modeling_utils import set_zero3_state
 
-DEFAULT_PAD_TOKEN = "[PAD]"
+from alpaca.common.errors import UserError
+from alpaca.training.arguments import DEFAULT_PAD_TOKEN
+from alpaca.training.library_internals import layer_classes, unsharded
 
 
 def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> Any:
     """The base's tokenizer, padding on the right, `model_max_length` = `max_length`."""
-    from transformers import AutoTokenizer
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, cache_dir=cache_dir, model_max_length=max_length, padding_side="right"
@@ -31,8 +36,6 @@ def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> 
 
 
 def load_config(name: str, cache_dir: str | None = None) -> Any:
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
@@ -45,26 +48,10 @@ def first_line(error: BaseException) -> str:
 
 def empty_model(config: Any) -> Any:
     """A model of `config` whose parameters have shapes and no memory (device "meta"); its other buffers are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     with unsharded(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()  # on "meta" tied weights come apart, and would count twice
     return model
-
-
-@contextlib.contextmanager
-def unsharded():
-    """Models made inside stay whole. While transformers knows a ZeRO-3 config it shards each model that it makes."""
-    from transformers.integrations import deepspeed
-
-    known = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = known
 
 
 def check_wrap_class(config: Any, fsdp_config: dict[str, Any] | None) -> None:
@@ -73,7 +60,7 @@ def check_wrap_class(config: Any, fsdp_config: dict[str, Any] | None) -> None:
     model = empty_model(config)
     present = {type(module).__name__ for module in model.modules()}
     if unknown := [name for name in wanted if name not in present]:
-        right = ", ".join(sorted(model._no_split_modules or ())) or ", ".join(sorted(present))
+        right = ", ".join(sorted(layer_classes(model))) or ", ".join(sorted(present))
         raise UserError(
             f"the model {type(model).__name__} has no layer class {unknown[0]!r} to wrap; right for it: {right}. "
             "Leave the flag out and it is found from the model."
@@ -92,8 +79,6 @@ def smart_tokenizer_and_embedding_resize(
     Only ever grows: a matrix with spare rows (OPT has 50,272 for 50,265 tokens) keeps them, and new tokens use them.
     `pad_to_multiple_of` rounds the number of rows up. Returns how many tokens were new.
     """
-    import torch
-
     old = len(tokenizer)
     new = tokenizer.add_special_tokens(special_tokens_dict)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -123,10 +108,10 @@ def embedding_rows(rows: int, tokens: int, multiple: int | None) -> int:
 # Loading.
 
 
-def pick_attention(wish: str | None, on_gpu: bool) -> str | None:
+def pick_attention(requested: str | None, on_gpu: bool) -> str | None:
     """The attention to load a model with; None lets transformers take sdpa, or eager for a model that lacks it."""
-    if wish:
-        return wish
+    if requested:
+        return requested
     return "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else None
 
 
@@ -136,10 +121,6 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     Under FSDP the other ranks get shapes alone and their share follows when Trainer shards; under ZeRO-3 every rank
     builds its shards empty and rank 0 fills them, one tensor at a time. In both, rows are added before sharding.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
     args, name = training_args, model_args.model_name_or_path
     config = load_config(name, args.cache_dir)
     attention = pick_attention(model_args.attn_implementation, args.device.type == "cuda")
@@ -194,11 +175,6 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
 def zero3_model(full_model, empty_config, args: Any) -> Any:
     """A ZeRO-3 model filled from the one full copy on rank 0."""
     import deepspeed
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-    from transformers.integrations.deepspeed import prevent_arange_dtype_change
-    from transformers.modeling_utils import set_zero3_state
 
     weights = {}
     if args.process_index == 0:
@@ -231,9 +207,6 @@ def zero3_model(full_model, empty_config, args: Any) -> Any:
 
 
 def four_bit() -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,
@@ -242,8 +215,6 @@ def four_bit() -> Any:
 
 def attention_projections(model: Any) -> list[str]:
     """The names of the model's query, key and value layers, as found in it: q_proj, query_key_value, c_attn, ..."""
-    import torch
-
     names = {
         n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or hasattr(m, "nf")
     }
@@ -257,19 +228,21 @@ def attention_projections(model: Any) -> list[str]:
     )
 
 
+def adapter_targets(model: Any, model_args: Any) -> list[str]:
+    """The names of the layers that get adapters."""
+    named = model_args.lora_target_modules
+    return [part.strip() for part in named.split(",")] if named else attention_projections(model)
+
+
 def with_adapters(model: Any, model_args: Any, args: Any, say) -> Any:
     """`model` with LoRA adapters (Hu et al., 2021) and everything else frozen."""
-    import peft
-
     if model_args.qlora:
         model = peft.prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=bool(args.activation_checkpointing)
         )
     elif args.activation_checkpointing:
         model.enable_input_require_grads()
-    wish = model_args.lora_target_modules
-    targets = [part.strip() for part in wish.split(",")] if wish else attention_projections(model)
-    rank = model_args.lora_r or 16
+    targets, rank = adapter_targets(model, model_args), model_args.lora_r or 16
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=model_args.lora_alpha or 2 * rank,
         lora_dropout=model_args.lora_dropout, target_modules=targets,
@@ -277,7 +250,7 @@ def with_adapters(model: Any, model_args: Any, args: Any, say) -> Any:
     try:
         model = peft.get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {wish}: {first_line(error)}") from error
+        raise UserError(f"--lora_target_modules {model_args.lora_target_modules}: {first_line(error)}") from error
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA rank {rank} on {', '.join(targets)}: {trained:,} of {total:,} parameters are trained")
     return model
@@ -285,9 +258,6 @@ def with_adapters(model: Any, model_args: Any, args: Any, say) -> Any:
 
 def merge_adapters(model: Any, weights: dict[str, Any], dtype: Any) -> tuple[Any, dict[str, Any]]:
     """The plain model, and its weights in `dtype`, that the adapted `model` with the gathered `weights` amounts to."""
-    import peft
-    import torch
-
     config = model.get_base_model().config
     with torch.device("meta"):
         shell = peft.get_peft_model(empty_model(config), model.peft_config["default"])

@@ -15,6 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from alpaca.common.files import atomic_write, jdump, write_jsonl
@@ -22,6 +26,7 @@ from alpaca.common.journal import read_records
 from alpaca.common.prompt import PROMPT_DICT
 from alpaca.common.run_record import git_commit, package_versions
 from alpaca.training.data import count_tokens
+from alpaca.training.model import empty_model
 
 # Dense bfloat16 (before Ampere: float16) TFLOPS of tensor cores with float32 sums, as the makers' data sheets give
 # them; the first name that a card's own name contains. A card that is not listed shows no MFU rather than a wrong one.
@@ -65,9 +70,7 @@ class ReportCallback(TrainerCallback):
     """
 
     def __init__(self, trainer, data_report: Mapping[str, Any], adapters: bool = False):
-        """`data_report`: the counts of train_data.tokenize_dataset. `adapters`: the base's weights are frozen."""
-        from alpaca.training.model import empty_model
-
+        """`data_report`: the counts of data.load_data. `adapters`: the base's weights are frozen."""
         self.trainer, self.data_report = trainer, dict(data_report)
         self.flops = Flops(empty_model(trainer.model.config), frozen=adapters)
         self.log_file = Path(trainer.args.output_dir) / "train_log.jsonl"
@@ -85,8 +88,6 @@ class ReportCallback(TrainerCallback):
 
     def add_figures(self, logs: dict[str, Any]) -> None:
         """Completes a training log line in place. Every process calls it: the counts are summed over all."""
-        import torch
-
         args, state = self.trainer.args, self.trainer.state
         counts = torch.tensor([int(count) for count in self.interval], dtype=torch.int64, device=args.device)
         if args.world_size > 1:
@@ -115,8 +116,6 @@ class ReportCallback(TrainerCallback):
         self.lines = [line for line in lines if line["step"] <= state.global_step]
         self.tokens_before = max((line.get("tokens", 0) for line in self.lines), default=0)
         if args.device.type == "cuda":
-            import torch
-
             torch.cuda.reset_peak_memory_stats()
         if args.process_index == 0:
             write_jsonl(self.log_file, self.lines)
@@ -178,7 +177,7 @@ class ReportCallback(TrainerCallback):
             "eval_loss_first": held_out[0] if held_out else None,
             "eval_loss_last": held_out[-1] if held_out else None,
             "peak_memory_gb_per_process": memory,
-            "data": {name: value for name, value in self.data_report.items() if name != "sha256"},
+            "data": self.data_report,
             "packages": package_versions(),
             "commit": git_commit(),
         }
@@ -246,16 +245,12 @@ class Flops:
 
 def peak_of(args, model) -> float | None:
     """Peak TFLOPS of this process's card for the run's arithmetic; None on CPUs, unknown cards and in float32."""
-    import torch
-
     half = args.bf16 or args.fp16 or next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     return peak_tflops(torch.cuda.get_device_name(args.device)) if args.device.type == "cuda" and half else None
 
 
 def peak_memory_gb(args) -> float:
     """Highest memory of any process in GB (1e9 bytes): allocated on the GPU, else resident. Every process calls it."""
-    import torch
-
     if args.device.type == "cuda":
         peak = float(torch.cuda.max_memory_allocated())
     else:
@@ -268,8 +263,6 @@ def peak_memory_gb(args) -> float:
 
 
 def hardware_name(args) -> str:
-    import torch
-
     if args.device.type == "cuda":
         return torch.cuda.get_device_name(args.device)
     cpu = platform.processor() or platform.machine()
@@ -285,9 +278,6 @@ def hardware_name(args) -> str:
 
 def draw_loss_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Loss of each log line, its running mean over a twentieth of the run, and held-out losses, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -308,12 +298,10 @@ def draw_loss_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(stream, format="png", dpi=120)
 
 
-def dataset_statistics(dataset, batch_sizes: Sequence[int] = (4, 8, 16, 32), seed: int = 0) -> str:
-    """A table of a train_data.TokenDataset: rows, lengths in tokens, what padding would waste at some batch sizes."""
-    import numpy as np
-
-    report, lengths = dataset.report, dataset.lengths
-    answers = lengths - dataset.prompt_lengths
+def dataset_statistics(dataset, report: Mapping[str, Any]) -> str:
+    """A table of a tokenised dataset and its `report` (data.load_data): rows, tokens, what padding would waste."""
+    lengths = dataset["length"][:]
+    answers = lengths - dataset["prompt_length"][:]
 
     def spread(values) -> str:
         low, middle, high = np.percentile(values, (5, 50, 95))
@@ -321,7 +309,7 @@ def dataset_statistics(dataset, batch_sizes: Sequence[int] = (4, 8, 16, 32), see
             f"mean {values.mean():.0f}, 5 % up to {low:.0f}, half {middle:.0f}, 95 % {high:.0f}, longest {values.max()}"
         )
 
-    shuffled = np.random.default_rng(seed).permutation(lengths)
+    shuffled = np.random.default_rng(0).permutation(lengths)
     lines = [
         ("rows", f"{report['kept']:,} of {report['rows']:,}"),
         ("dropped", f"{report['dropped']:,} (no answer token within {report['max_length']} tokens)"),
@@ -332,7 +320,7 @@ def dataset_statistics(dataset, batch_sizes: Sequence[int] = (4, 8, 16, 32), see
         ("row", spread(lengths)),
         ("answer", spread(answers)),
     ]
-    for size in batch_sizes:
+    for size in (4, 8, 16, 32):
         if size <= len(lengths):
             batches = shuffled[: len(shuffled) // size * size].reshape(-1, size)
             share = 1 - batches.sum() / (batches.max(axis=1).sum() * size)
@@ -340,9 +328,7 @@ def dataset_statistics(dataset, batch_sizes: Sequence[int] = (4, 8, 16, 32), see
     return as_table("Training data", lines)
 
 
-def model_card(
-    base: str, data_paths: Sequence[str], settings: Mapping[str, Any], report: Mapping[str, Any], languages: str = "en"
-) -> str:
+def model_card(base: str, data_paths: Sequence[str], settings: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """README.md of a trained checkpoint: what it is, how it was made, its figures, how to prompt it, its licence.
 
     `settings`: flag -> value, of which those that decide the result are shown. `report`: train_report.json.
@@ -352,7 +338,7 @@ def model_card(
     recipe = "\n".join(f"| `{name}` | `{value}` |" for name, value in shown.items())
     versions = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
     return f"""---
-language: {languages}
+language: en
 base_model: {json.dumps(base)}
 library_name: transformers
 pipeline_tag: text-generation

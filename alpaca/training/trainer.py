@@ -3,7 +3,6 @@
 Not a command; train.py uses it. Loop, sharding, precision, resuming are Trainer's.
 """
 
-import math
 import signal
 import sys
 import time
@@ -15,22 +14,39 @@ from transformers import Trainer, TrainerCallback
 
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoint
+from alpaca.training.attention import padding_free_collator
+from alpaca.training.data import PaddedCollator
+from alpaca.training.held_out import loss_on_dataset
+from alpaca.training.report import ReportCallback
 
-IGNORE_INDEX = -100
+
+def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, data_report, say=print):
+    """(trainer, the callback that knows whether a signal ended training)."""
+    collator = padding_free_collator(model, args, say) if data_args.padding_free else None
+    # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
+    keep, args.save_total_limit = args.save_total_limit, None
+    trainer = SupervisedTrainer(
+        model=model, args=args, train_dataset=train_set, eval_dataset=eval_set,
+        data_collator=collator or PaddedCollator(tokenizer.pad_token_id), processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.report = ReportCallback(trainer, data_report, adapters=bool(model_args.lora_r or model_args.qlora))
+    stop = StopOnSignal(trainer)
+    for callback in (SayShards(), HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
+        trainer.add_callback(callback)
+    return trainer, stop
 
 
 class SupervisedTrainer(Trainer):
     """Trainer whose batches are rows of `input_ids` and `labels`, padded or end to end."""
 
-    report = None  # a train_report.ReportCallback: counts tokens, completes the log lines
+    report: ReportCallback  # counts tokens, completes the log lines; set before training
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.report:
-            self.report.count(inputs)
+        self.report.count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def log(self, logs, start_time=None):
-        if self.report and "loss" in logs:
+        if "loss" in logs:
             self.report.add_figures(logs)
         super().log(logs, start_time)
 
@@ -50,35 +66,12 @@ class SupervisedTrainer(Trainer):
             raise error
         return result
 
-    def held_out_loss(self, dataset, max_batches: int | None = None) -> dict[str, float]:
-        """Mean loss over every answer token of `dataset`: the same number for any batch size, format and rank count.
-
-        Rank r takes batches r, r + W, ...; where ranks run out of batches they repeat one with weight 0, since sharded
-        models need everybody in each forward pass.
-        """
-        size = self.args.per_device_eval_batch_size
-        starts = list(range(0, len(dataset), size))[:max_batches]
-        world, rank = self.args.world_size, self.args.process_index
-        model = self.model_wrapped
-        was_training = model.training
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad():
-            for turn in range(math.ceil(len(starts) / world)):
-                mine = turn * world + rank
-                start = starts[mine if mine < len(starts) else 0]
-                rows = [dataset[i] for i in range(start, min(start + size, len(dataset)))]
-                inputs = self._prepare_inputs(self.data_collator(rows))
-                targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
-                count = (targets != IGNORE_INDEX).sum().item()
-                loss = model(**inputs).loss.item()
-                if mine < len(starts):
-                    total += torch.tensor([loss * count, count], dtype=torch.float64)
-        model.train(was_training)
-        if world > 1:
-            # float32 is what every backend and device reduces; the counts stay exact far beyond any held-out set.
-            total = self.accelerator.reduce(total.float().to(self.args.device)).double().cpu()
-        return {"loss": (total[0] / total[1]).item(), "tokens": int(total[1])}
+    def held_out_loss(self, dataset, max_batches: int | None = None) -> dict[str, Any]:
+        args = self.args
+        return loss_on_dataset(
+            self.model_wrapped, dataset, self.data_collator, args.per_device_eval_batch_size, args.device,
+            args.process_index, args.world_size, max_batches,
+        )  # fmt: skip
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         begin = time.monotonic()
@@ -101,8 +94,8 @@ def rows_of_batch(inputs: dict[str, Any], dataset: Any) -> list[int]:
     """Which of the rows that `dataset` was made from stand in a batch, padded or end to end, found by their tokens."""
     wanted = set(sequences(inputs))
     longest = max(map(len, wanted))
-    short_enough = [i for i, length in enumerate(dataset.lengths) if length <= longest]
-    return [int(dataset.source_rows[i]) for i in short_enough if tuple(dataset[i]["input_ids"].tolist()) in wanted]
+    candidates = (dataset[i] for i, length in enumerate(dataset["length"][:]) if length <= longest)
+    return [int(row["row"]) for row in candidates if tuple(row["input_ids"].tolist()) in wanted]
 
 
 def sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:

@@ -67,13 +67,12 @@ def test_batched_answers_equal_one_by_one_on_the_embedded_model():
 
 def test_prompt_ids_are_those_of_training(loaded):
     """A prompt with other ids than in training (no BOS, an EOS behind it) makes a fine-tuned model talk nonsense."""
-    from alpaca.training.data import PairEncoder
+    from alpaca.training.data import TextEncoder
 
     for model, tokenizer in loaded.values():
-        encoder = PairEncoder(tokenizer)
+        encoder = TextEncoder(tokenizer)
         for task in TASKS:
-            prompt = format_prompt(task)
-            (ids, prompt_length, _) = next(encoder([prompt], [task["output"] + tokenizer.eos_token]))
+            ids, prompt_length, _ = next(encoder.pairs([format_prompt(task)], [task["output"]]))
             assert prompt_ids(tokenizer, task) == ids[:prompt_length]
         assert model.generation_config.eos_token_id == [2]
     assert prompt_ids(loaded["llama"][1], TASKS[0])[0] == 1

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from alpaca.common.errors import UserError
-from alpaca.training import checkpoint
+from alpaca.training import checkpoint, saving
 
 
 def make_checkpoint(run: Path, step: int, sealed: bool = True) -> Path:
@@ -31,14 +31,14 @@ def test_newest_complete_is_resumed(tmp_path):
     make_checkpoint(tmp_path, 9)
     make_checkpoint(tmp_path, 100)
     make_checkpoint(tmp_path, 200, sealed=False)
-    assert checkpoint.to_resume_from("auto", tmp_path, say=lambda *_: None) == str(tmp_path / "checkpoint-100")
+    assert checkpoint.checkpoint_to_resume("auto", tmp_path, say=lambda *_: None) == str(tmp_path / "checkpoint-100")
 
 
 def test_auto_starts_anew_where_nothing_was_finished(tmp_path):
     """Guards: the same command with auto has to work for the first start of a job too."""
     make_checkpoint(tmp_path, 5, sealed=False)
-    assert checkpoint.to_resume_from("auto", tmp_path, say=lambda *_: None) is None
-    assert checkpoint.to_resume_from("auto", tmp_path / "none") is None
+    assert checkpoint.checkpoint_to_resume("auto", tmp_path, say=lambda *_: None) is None
+    assert checkpoint.checkpoint_to_resume("auto", tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
@@ -53,13 +53,13 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     else:
         file.unlink()
     with pytest.raises(UserError, match="model.safetensors"):
-        checkpoint.to_resume_from(str(bad), tmp_path)
+        checkpoint.checkpoint_to_resume(str(bad), tmp_path)
     passed_over = []
-    assert checkpoint.to_resume_from("auto", tmp_path, say=passed_over.append) == str(good)
+    assert checkpoint.checkpoint_to_resume("auto", tmp_path, say=passed_over.append) == str(good)
     assert "model.safetensors" in passed_over[0]
     shutil.rmtree(good)
     with pytest.raises(UserError, match="--overwrite True"):
-        checkpoint.to_resume_from("auto", tmp_path, say=passed_over.append)
+        checkpoint.checkpoint_to_resume("auto", tmp_path, say=passed_over.append)
 
 
 def test_rotation_never_leaves_a_run_without_a_complete_checkpoint(tmp_path):
@@ -74,30 +74,43 @@ def test_rotation_never_leaves_a_run_without_a_complete_checkpoint(tmp_path):
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-5"]
 
 
+def settings(output_dir, **changes):
+    values = dict(
+        output_dir=str(output_dir), per_device_train_batch_size=4, world_size=1, gradient_accumulation_steps=1,
+        max_steps=100, num_train_epochs=1, save_strategy=SimpleNamespace(value="steps"), save_steps=1,
+        save_dtype="auto", save_total_limit=1,
+    )  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
 def test_disk_space_is_asked_for_before_training(tmp_path, monkeypatch):
     """Guards: hours of training ended in "no space left on device" at the save."""
     many = 10**16
     with pytest.raises(UserError, match="GB free"):
-        checkpoint.check_disk(str(tmp_path / "new"), many, 2, saves=1, keep=None, trainable=many)
+        checkpoint.check_disk(settings(tmp_path / "new"), many, many, rows=100)
     # 7B in 16 bit, one checkpoint kept and one being written: 14 + 2 x 84 GB.
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
-    text = checkpoint.check_disk(str(tmp_path), 7 * 10**9, 2, saves=100, keep=1, trainable=7 * 10**9)
+    text = checkpoint.check_disk(settings(tmp_path), 7 * 10**9, 7 * 10**9, rows=100)
     assert text.startswith("182.0 GB of disk (14.0 GB model, 2 checkpoints of 84.0 GB)")
+    # Adapters: the base's weights are in no checkpoint.
+    text = checkpoint.check_disk(settings(tmp_path), 7 * 10**9, 7 * 10**7, rows=100)
+    assert "2 checkpoints of 0.8 GB" in text
     # A run that goes on needs no room for the checkpoint that is there.
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4/optimizer.pt").write_bytes(bytes(1000))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
-    checkpoint.check_disk(str(tmp_path), 100, 2, saves=1, keep=None, trainable=100)
+    one_save = dict(save_strategy=SimpleNamespace(value="epoch"), save_total_limit=None)
+    checkpoint.check_disk(settings(tmp_path, **one_save), 100, 100, rows=100)
     with pytest.raises(UserError, match="GB free"):
-        checkpoint.check_disk(str(tmp_path / "elsewhere"), 100, 2, saves=1, keep=None, trainable=100)
+        checkpoint.check_disk(settings(tmp_path / "elsewhere", **one_save), 100, 100, rows=100)
 
 
 def test_verify_command(tmp_path, run_script):
     """Guards: nobody could tell whether a copied checkpoint was still whole."""
     make_checkpoint(tmp_path, 1)
-    assert "as it was written" in run_script("checkpoint.py", "verify", tmp_path).stdout
+    assert "as it was written" in run_script("train.py", "verify", tmp_path).stdout
     flip_bit(tmp_path / "checkpoint-1/optimizer.pt", 2)
-    assert "optimizer.pt was changed" in run_script("checkpoint.py", "verify", tmp_path, status=1).stdout
+    assert "optimizer.pt was changed" in run_script("train.py", "verify", tmp_path, status=1).stdout
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +133,7 @@ def test_written_model_is_read_back(written, tiny_llama, tmp_path):
 
     model, weights, probe, expected = written
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    done = checkpoint.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
+    done = saving.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
     assert done["dtype"] == "float32" and done["difference"] == 0
     assert checkpoint.find_damage(tmp_path) == [] and not list(tmp_path.glob(".*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -143,7 +156,7 @@ def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
         del weights["model.layers.1.mlp.down_proj.weight"]
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RuntimeError, match="not what was trained"):
-        checkpoint.write_verified(
+        saving.write_verified(
             model, weights, torch.float32, AutoTokenizer.from_pretrained(tiny_llama), tmp_path, probe, expected, 1e-3
         )
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ import train_runs
 import yaml
 
 from alpaca.common.errors import UserError
-from alpaca.training import arguments as train_flags
-from alpaca.training import run_checks
+from alpaca.common.ports import free_port
+from alpaca.training import arguments, checks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,12 +29,6 @@ LLAMA = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'L
 OPT = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'"""
 OFFLOAD = """--fsdp "full_shard auto_wrap offload" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'"""
 ZERO3 = """--deepspeed "./configs/default_offload_opt_param.json\""""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def typed(sharding, model, folder) -> list[str]:
@@ -83,17 +76,14 @@ def test_other_commands_of_2023(sharding, tiny_llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
 def test_run_file_is_valid(path, tmp_path):
     """Guards: a shipped configuration with a flag that the script does not know."""
-    from alpaca.training.training_arguments import TrainingArguments
-
     problems, notes = [], []
-    pairs = train_flags.argv_pairs([str(path), "--model_name_or_path", str(tmp_path), "--data_path", str(path)])
-    pairs = train_flags.modernise(pairs, has_gpu=True, processes=4, notes=notes, problems=problems)
-    classes = (train_flags.ModelArguments, train_flags.DataArguments, TrainingArguments)
-    model, data, run = train_flags.parse(pairs, classes, problems)
+    pairs = arguments.argv_pairs([str(path), "--model_name_or_path", str(tmp_path), "--data_path", str(path)])
+    pairs = arguments.modernise(pairs, processes=4, notes=notes, problems=problems)
+    model, data, run = arguments.parse(pairs, problems)
     assert not problems and not notes
     (tmp_path / "config.json").write_text("{}")
     run["output_dir"] = str(tmp_path / "out")
-    assert run_checks.check(model, data, run, has_gpu=True) == []
+    assert checks.check(model, data, run) == []
     header = path.read_text()
     assert re.search(r"^#   (torchrun|python) .*configs/" + path.name, header, re.M)
 
@@ -115,7 +105,7 @@ def test_flags_after_a_run_file_override_it(tmp_path):
     """Guards: the file's value won over the one typed."""
     path = tmp_path / "run.json"
     path.write_text('{"learning_rate": 1, "fsdp_config": {"version": 2}, "run_name": null, "report_to": ["none"]}')
-    pairs = train_flags.argv_pairs([str(path), "--learning-rate=3e-4"])
+    pairs = arguments.argv_pairs([str(path), "--learning-rate=3e-4"])
     assert pairs == [
         ("learning_rate", ["1"]),
         ("fsdp_config", ['{"version": 2}']),
@@ -124,9 +114,9 @@ def test_flags_after_a_run_file_override_it(tmp_path):
     ]
 
 
-def modern(*words, has_gpu=False, processes=2):
+def modern(*words, processes=2):
     notes, problems = [], []
-    pairs = train_flags.modernise(train_flags.argv_pairs(words), has_gpu, processes, notes, problems)
+    pairs = arguments.modernise(arguments.argv_pairs(words), processes, notes, problems)
     return dict(pairs), notes, problems
 
 
@@ -148,7 +138,7 @@ def test_spellings_of_2023(monkeypatch):
         "fsdp": ["True"], "train_sampling_strategy": ["group_by_length"], "overwrite": ["True"], "use_cpu": ["True"],
         "optim": ["adafactor"],
     }  # fmt: skip
-    assert train_flags.os.environ["TENSORBOARD_LOGGING_DIR"] == "logs" and not problems
+    assert arguments.os.environ["TENSORBOARD_LOGGING_DIR"] == "logs" and not problems
     assert len(notes) == 8
 
 
@@ -156,19 +146,19 @@ def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
     """Guards: --resume_from_checkpoint auto replaced a finished model that has no checkpoints, or the base itself."""
     out = tmp_path / "out"
     (out / "checkpoint-4").mkdir(parents=True)
-    assert "already holds" in run_checks.output_problem(out, None, False)
-    assert run_checks.output_problem(out, "auto", False) is None
+    assert "already holds" in checks.output_problem(out, None, False)
+    assert checks.output_problem(out, "auto", False) is None
     (out / "config.json").write_text("{}")
-    assert run_checks.output_problem(out, "auto", False) is None
-    assert run_checks.output_problem(out, str(out / "checkpoint-4"), False) is None
-    assert "another run's result" in run_checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
+    assert checks.output_problem(out, "auto", False) is None
+    assert checks.output_problem(out, str(out / "checkpoint-4"), False) is None
+    assert "another run's result" in checks.output_problem(out, str(tmp_path / "other/checkpoint-4"), False)
     (out / "checkpoint-4").rmdir()
-    assert "another run's result" in run_checks.output_problem(out, "auto", False)
+    assert "another run's result" in checks.output_problem(out, "auto", False)
     (out / "config.json").unlink()
     (out / "run.json").write_text("{}")  # of a run that was killed before its first checkpoint
-    assert run_checks.output_problem(out, "auto", False) is None
+    assert checks.output_problem(out, "auto", False) is None
     (out / "config.json").write_text("{}")
-    assert run_checks.output_problem(out, "auto", True) is None
+    assert checks.output_problem(out, "auto", True) is None
     done = run_script(
         "train.py", "--model_name_or_path", out, "--data_path", "seed_tasks.jsonl", "--output_dir", out,
         "--overwrite", "True", "--resume_from_checkpoint", "False", status=2,
@@ -196,17 +186,19 @@ def test_other_models_train_too(kind, tiny_tied, tmp_path):
     assert ("batches are padded" in run.output) == (kind == "bloom")
 
 
-def test_gpu_kernels_are_left_out_on_a_cpu():
+def test_gpu_settings_are_left_out_on_a_cpu():
     """Guards: a cluster's command tried on a laptop failed in a Triton kernel after the model was loaded."""
-    pairs, notes, _ = modern("--use_liger_kernel", "True", "--tf32", "True")
-    assert pairs == {} and "GPUs alone" in notes[0] and "NVIDIA" in notes[1]
-    assert modern("--use_liger_kernel", "True", has_gpu=True)[0] == {"use_liger_kernel": ["True"]}
+    from alpaca.training.training_arguments import adapt_to_hardware
+
+    run = {"use_liger_kernel": True, "tf32": True, "bf16": False}
+    notes = adapt_to_hardware(run, has_gpu=False)
+    assert not any(run.values()) and "NVIDIA" in notes[0] and "GPUs alone" in notes[1]
 
 
 def test_old_spellings_after_a_run_file_override_it():
     """Guards: a run file's --warmup_steps beat a --warmup_ratio typed after it, and the note said otherwise."""
     pairs = [("warmup_steps", ["0.03"]), ("warmup_ratio", ["0.1"]), ("group_by_length", ["True"])]
-    found = train_flags.modernise([*pairs, ("group_by_length", ["False"])], False, 1, [], [])
+    found = arguments.modernise([*pairs, ("group_by_length", ["False"])], 1, [], [])
     assert [values for name, values in found if name == "warmup_steps"][-1] == ["0.1"]
     assert [values for name, values in found if name == "train_sampling_strategy"][-1] == ["random"]
 
@@ -229,7 +221,7 @@ def test_all_problems_are_told_at_once(tmp_path, run_script):
     for text in (
         "11 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
         "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder",
-        "--save_dtype int8", "--qlora needs an NVIDIA GPU", "--fsdp and --deepspeed",
+        "--save_dtype int8", "--qlora needs bitsandbytes", "--fsdp and --deepspeed",
         "no file " + str(tmp_path / "none.json"), "--eval_strategy steps needs held-out rows",
     ):  # fmt: skip
         assert text in done.stderr, done.stderr
@@ -242,14 +234,14 @@ def test_deepspeed_file_that_saves_no_weights_is_refused(tmp_path):
     path.write_text(
         '{"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": false}}', encoding="utf-8"
     )
-    assert "set it to true" in run_checks.check_deepspeed(str(path))[0]
-    assert run_checks.check_deepspeed(str(ROOT / "configs/default_offload_opt_param.json")) == []
+    assert "set it to true" in checks.check_deepspeed(str(path))[0]
+    assert checks.check_deepspeed(str(ROOT / "configs/default_offload_opt_param.json")) == []
 
 
 def test_packages_that_a_flag_needs(tmp_path):
     """Guards: a missing optional package was found out after the model was loaded."""
     absent = [("use_liger_kernel", ["True"]), ("report_to", ["wandb", "tensorboard"])]
-    problems = run_checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
+    problems = checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
     assert problems == [
         "--use_liger_kernel True needs liger-kernel: pip install liger-kernel",
         "--report_to wandb needs wandb: pip install wandb",

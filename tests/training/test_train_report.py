@@ -2,8 +2,8 @@
 
 import json
 import os
-import socket
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +11,11 @@ import tiny_models
 import train_runs
 
 from alpaca.common.files import read_jsonl, write_jsonl
+from alpaca.common.ports import free_port
 from alpaca.common.prompt import PROMPT_DICT
-from alpaca.training import data as train_data
-from alpaca.training import memory as memory_estimate
-from alpaca.training import report as train_report
+from alpaca.training.data import load_rows, tokenize_dataset
+from alpaca.training.memory import memory_estimate, memory_table
+from alpaca.training.report import Flops, ReportCallback, peak_tflops
 
 ROWS = 24
 
@@ -39,11 +40,11 @@ def command(model, data, out, rows, accumulation, *more):
 def real_tokens(tiny_llama, data, folder) -> int:
     from transformers import AutoTokenizer
 
-    rows = train_data.load_rows(str(data))
-    dataset = train_data.tokenize_dataset(
+    rows = load_rows(str(data))
+    dataset = tokenize_dataset(
         rows, AutoTokenizer.from_pretrained(tiny_llama), 512, cache_dir=folder / "cache" / "alpaca_tokens"
     )
-    return int(dataset.lengths.sum())
+    return int(dataset["length"][:].sum())
 
 
 def test_every_log_line_has_the_figures(finished, tiny_llama):
@@ -97,9 +98,7 @@ def test_model_card(finished, tiny_llama):
 def test_counts_are_of_all_processes(finished, tiny_llama, run_script, tmp_path):
     """Two processes, padded batches: the log counted the first process's tokens alone, and padding as tokens."""
     folder, data, _ = finished
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     run_script(
         "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
         *command(tiny_llama, data, tmp_path / "out", 2, 2, "--padding_free", "False"),
@@ -136,7 +135,7 @@ def callback_for(tmp_path, device="cpu", **args):
         model=model,
         state=SimpleNamespace(global_step=0, max_steps=9, epoch=0.0),
     )
-    callback = train_report.ReportCallback.__new__(train_report.ReportCallback)
+    callback = ReportCallback.__new__(ReportCallback)
     callback.__dict__.update(
         trainer=trainer, data_report={}, flops=None, log_file=tmp_path / "train_log.jsonl", interval=[0, 0, 0],
         totals={"tokens": 0, "places": 0, "seconds": 0.0, "steps": 0}, peak=None,
@@ -172,7 +171,7 @@ def test_a_torn_log_line_does_not_stop_a_resumed_run(tmp_path):
 def test_pauses_are_not_training_time(tmp_path, monkeypatch):
     """Evaluation and saving between two log lines made the run look slow."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(train_report.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
     callback, trainer = callback_for(tmp_path)
     args, state, control = trainer.args, trainer.state, SimpleNamespace(should_log=False)
     callback.on_train_begin(args, state, control)
@@ -198,7 +197,7 @@ def test_peaks_of_cards():
         "NVIDIA L4": 121.0, "Tesla T4": 65.0, "NVIDIA A10G": None, "NVIDIA L40": None, "Quadro P600": None,
         "NVIDIA H200": 989.4, "NVIDIA GeForce RTX 4090": 165.2,
     }  # fmt: skip
-    assert {name: train_report.peak_tflops(name) for name in peaks} == peaks
+    assert {name: peak_tflops(name) for name in peaks} == peaks
 
 
 def test_flops_of_a_llama(tiny_llama):
@@ -206,11 +205,11 @@ def test_flops_of_a_llama(tiny_llama):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    flops = train_report.Flops(model)
+    flops = Flops(model)
     table = model.get_input_embeddings().weight.numel()
     assert flops.of(10, 10) == 6 * 10 * (model.num_parameters() - table)
     assert flops.of(10, 0) == 6 * 10 * (model.num_parameters() - 2 * table)
-    assert train_report.Flops(model, frozen=True).of(1, 1) * 6 == flops.of(1, 1) * 4
+    assert Flops(model, frozen=True).of(1, 1) * 6 == flops.of(1, 1) * 4
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -234,7 +233,7 @@ def estimate(folder, args=None, model_args=None, **how) -> dict[str, tuple[float
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    rows = memory_estimate.memory_estimate(config, args or run_settings(), model_args or model_settings(), **how)
+    rows = memory_estimate(config, args or run_settings(), model_args or model_settings(), **how)
     return {part: (device * 1e9, host * 1e9) for part, device, host in rows}
 
 
@@ -293,8 +292,8 @@ def test_estimate_of_7b_loads_nothing():
     from transformers import LlamaConfig
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows = memory_estimate.memory_estimate(LlamaConfig(), run_settings(bf16=True), model_settings())
+    rows = memory_estimate(LlamaConfig(), run_settings(bf16=True), model_settings())
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
     assert dict((part, device) for part, device, _ in rows)["weights"] == pytest.approx(26.95, abs=0.01)
     assert grown < 1e9
-    assert "device GB" in memory_estimate.memory_table(rows)
+    assert "device GB" in memory_table(rows)

@@ -1,23 +1,58 @@
-"""What can be known to be wrong with a training run before anything is loaded; all of it is told at once.
+"""What can be known to be wrong with a training run from its command line and its files; all of it is told at once.
 
-Not a command; train_flags.read_arguments calls `check`.
+Not a command; train.py calls `read_command_line` before it imports torch.
 """
 
-import difflib
 import importlib.util
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import is_inside
-from alpaca.training.arguments import read_mapping
+from alpaca.common.tasks import TASK_FILES
+from alpaca.training.arguments import argv_pairs, modernise, parse, print_help, read_mapping
 from alpaca.training.checkpoint import SEAL, checkpoints
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_gpu: bool) -> list[str]:
-    """Every problem that the values alone, the files and the hardware show, each with its way out."""
+class CommandLine(NamedTuple):
+    """The values of all flags by name, for ModelArguments, DataArguments and TrainingArguments."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    run: dict[str, Any]
+
+
+def read_command_line(argv: Sequence[str], say=print) -> CommandLine:
+    """Reads and checks `argv`, says what spellings of 2023 mean today. Raises UserError that lists every problem."""
+    if "--help" in argv or "-h" in argv:
+        print_help(everything="all" in argv)
+        sys.exit(0)
+    notes: list[str] = []
+    problems: list[str] = []
+    pairs = modernise(argv_pairs(argv), int(os.environ.get("WORLD_SIZE", "1")), notes, problems)
+    line = CommandLine(*parse(pairs, problems))
+    if str(line.run["resume_from_checkpoint"]).lower() in ("false", "no", "none", "0"):
+        line.run["resume_from_checkpoint"] = None
+    refuse(problems + check(*line))
+    for note in notes:
+        say(f"note: {note}")
+    return line
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises UserError with all of `problems`, where there are any."""
+    if problems:
+        listed = "\n".join(f"  {number}. {text}" for number, text in enumerate(problems, start=1))
+        raise UserError(f"{len(problems)} problem{'s' * (len(problems) > 1)} with this run:\n{listed}")
+
+
+def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """Every problem that the values alone and the files show, each with its way out."""
     problems = []
 
     def problem(text: str) -> None:
@@ -33,10 +68,10 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
         problem("--data_path is missing: for example --data_path ./alpaca_data.json")
     for name in ("data_path", "eval_data_path"):
         for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
-            if not Path(path).exists() and (path.endswith((".json", ".jsonl")) or path.startswith((".", "/"))):
+            if not Path(path).exists() and (path.endswith(TASK_FILES) or path.startswith((".", "/"))):
                 folder = Path(path).parent
-                near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.json*")], n=1)
-                problem(f"--{name}: no file {path}." + (f" Did you mean {folder / near[0]}?" if near else ""))
+                near = did_you_mean(Path(path).name, [p.name for p in folder.glob("*.*")], f"{folder}/")
+                problem(f"--{name}: no file {path}.{near}")
     base = model["model_name_or_path"]
     if not base:
         problem("--model_name_or_path is missing: a checkpoint's folder or a Hugging Face model name")
@@ -53,10 +88,8 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
     if model["merge_lora"] and not (model["lora_r"] or model["qlora"]):
         problem("--merge_lora True needs adapters: add --lora_r 8")
     if model["qlora"]:
-        if not has_gpu:
-            problem("--qlora needs an NVIDIA GPU; without one use --lora_r 8 alone")
-        elif importlib.util.find_spec("bitsandbytes") is None:
-            problem("--qlora needs bitsandbytes: pip install bitsandbytes")
+        if not is_installed("bitsandbytes"):
+            problem("--qlora needs bitsandbytes (and an NVIDIA GPU): pip install bitsandbytes")
         if model["merge_lora"]:
             problem(
                 "--merge_lora True cannot merge into 4-bit weights: leave it out; `python inference.py serve "
@@ -70,8 +103,8 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
         problems += check_deepspeed(run["deepspeed"])
 
     has_eval = bool(data["eval_data_path"]) or bool(data["val_size"])
-    for name, value in (("eval_strategy", str(run["eval_strategy"])), ("eval_on_start", run["eval_on_start"])):
-        if value not in (False, "no", "IntervalStrategy.NO") and not has_eval:
+    for name in ("eval_strategy", "eval_on_start"):
+        if (value := run[name]) not in (False, "no") and not has_eval:
             problem(f"--{name} {value} needs held-out rows: add --eval_data_path FILE or --val_size 200")
     if data["eval_data_path"] and data["val_size"]:
         problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
@@ -82,8 +115,6 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any], has_
             problem(f"--{name} {run[name]}: expected at least 1")
     if run["label_smoothing_factor"] and data["padding_free"]:
         problem("--label_smoothing_factor needs the logits of every token: add --padding_free False")
-    if run["fp16"] and not has_gpu:
-        problem("--fp16 needs a GPU (its loss scaling does not exist on a CPU): leave it out, or use --bf16 True")
     if run["fp16"] and run["bf16"]:
         problem("--fp16 and --bf16 cannot both be on")
     problems += check_packages(run)
@@ -141,7 +172,7 @@ def check_deepspeed(path: str) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = []
-    if importlib.util.find_spec("deepspeed") is None:
+    if not is_installed("deepspeed"):
         problems.append("--deepspeed: the package is not installed; pip install deepspeed")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is False:

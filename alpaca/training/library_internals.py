@@ -1,0 +1,108 @@
+"""Every place where training needs private state of a library, because there is no public way.
+
+Not a command. tests/training/test_library_internals.py fails by name where a new version of the library changes one.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.integrations import deepspeed as hf_deepspeed
+
+
+def prepare_deepspeed_on_cpu() -> None:
+    """Makes DeepSpeed run on the CPU over gloo, without a compiler. Called before anything imports it.
+
+    DeepSpeed asks a variable, not the hardware, what it runs on. At its start it would compile a shared-memory
+    all-reduce: a minute that needs g++ and ninja, and a build killed half-way leaves a lock file on which every later
+    run waits for ever. gloo does the same job.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    getattr(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False  # noqa: B009 - a plain name is mangled
+
+
+def present_processes_as_devices() -> None:
+    """Lets accelerate shard over the CPU processes of the running group, where it would fall back to DDP in silence.
+
+    accelerate turns a process group into an FSDP one only where its type is one of the accelerator types, never where
+    it is MULTI_CPU. torch does not need that: fully_shard and gloo work on CPU tensors. So the type of the group, whose
+    device and backend stay "cpu" and gloo, is set to MULTI_GPU.
+    """
+    state = PartialState()
+    assert state.distributed_type == DistributedType.MULTI_CPU and state.device.type == "cpu", repr(state)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Models made inside stay whole. While transformers knows a ZeRO-3 config it shards each model that it makes."""
+    known = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = known
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU computes in bfloat16; without the instructions float32 is four times faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def use_one_gpu(args: transformers.TrainingArguments) -> None:
+    """Keeps Trainer from DataParallel, which is slow and cannot split rows that stand end to end."""
+    args._n_gpu = 1
+
+
+def layer_classes(model: torch.nn.Module) -> set[str]:
+    """The class names of the model's layers, which FSDP wraps one by one."""
+    return set(model._no_split_modules or ())
+
+
+def attention_kernel(model: torch.nn.Module) -> str:
+    """The attention that the model computes with: "sdpa", "eager", "flash_attention_2", ..."""
+    return model.config._attn_implementation
+
+
+def hands_arguments_to_attention(model: torch.nn.Module) -> bool:
+    """Whether the arguments of the model's call reach the attention function."""
+    return bool(model._supports_attention_backend)
+
+
+@contextlib.contextmanager
+def count_saved_tensors(model: torch.nn.Module, layers: list[torch.nn.Module], kept: dict[str, int]) -> Iterator[None]:
+    """Adds the bytes that autograd saves within the block to kept["layers"] or kept["outside"], the weights' apart.
+
+    Storages are told apart by identity (`_cdata`): those of fake tensors have no address.
+    """
+    seen = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    place = ["outside"]
+    keep_alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            keep_alive.append(tensor)  # else the next tensor could get its identity
+            kept[place[-1]] += storage.nbytes()
+        return tensor
+
+    hooks = [layer.register_forward_pre_hook(lambda *_: place.append("layers")) for layer in layers]
+    hooks += [layer.register_forward_hook(lambda *_: place.pop() and None) for layer in layers]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    for hook in hooks:
+        hook.remove()
+
+
+def fake_tensors() -> Any:
+    """A context in which tensors have shapes and types and take no memory."""
+    return FakeTensorMode()
