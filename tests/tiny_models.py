@@ -131,6 +131,14 @@ def make_tiny_llama(folder, seed: int = 0, dtype: str = "float32", **overrides) 
     return folder
 
 
+def bpe_tokenizer_with_pad():
+    """A byte-level BPE tokenizer of 512 entries with BOS, EOS and a padding token of its own."""
+    return _bpe_tokenizer(
+        ["<unk>", "<s>", "</s>", "<pad>"], 512, None,
+        bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+    )  # fmt: skip
+
+
 def make_tiny_opt(folder, seed: int = 0) -> Path:
     """A 2-layer OPT; its embedding has more rows (520) than its tokenizer has entries (512), as OPT-6.7B's."""
     import torch

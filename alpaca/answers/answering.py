@@ -16,7 +16,6 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
-from alpaca.training.data import encode_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Answer:
 
 def prompt_ids(tokenizer, task: dict[str, Any]) -> list[int]:
     """Token ids of a task's prompt, as training sees them: with BOS where the tokenizer puts one, never with EOS."""
+    from alpaca.training.data import encode_prompts
+
     return encode_prompts(tokenizer, [format_prompt(task)])[0]
 
 

@@ -10,9 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from alpaca.training.data import PaddedCollator, tokenize_dataset
-from alpaca.training.held_out import loss_on_dataset
-
 
 def held_out_loss(
     model, tokenizer, tasks: Sequence[dict], max_length: int = 512, batch_size: int = 8
@@ -22,6 +19,9 @@ def held_out_loss(
     Tokens, labels and truncation are those of training. Returns loss, perplexity, tokens, rows, and
     rows_without_response (rows whose prompt leaves no token of the output within `max_length`).
     """
+    from alpaca.training.data import PaddedCollator, tokenize_dataset
+    from alpaca.training.held_out import loss_on_dataset
+
     with tempfile.TemporaryDirectory() as folder:
         rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
         collate = PaddedCollator(model.generation_config.pad_token_id)
