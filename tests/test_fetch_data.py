@@ -24,7 +24,7 @@ def small_release(monkeypatch):
 
 @pytest.fixture
 def server():
-    """A server of `server.content` that sends at most `server.cut` bytes a request, and ranges where `server.ranges`."""
+    """Serves `content`, at most `cut` bytes a request, in ranges where `ranges` is true."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
