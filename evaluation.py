@@ -441,6 +441,7 @@ def loss(
         ("response tokens", "tokens", "{}"), ("rows", "rows", "{}"),
         ("rows without response", "rows_without_response", "{}"),
         ("ROUGE-L F1 of answers", "rouge_l", "{:.4f}"), ("answers compared", "rouge_tasks", "{}"),
+        ("answers that end", "answers_ended", "{:.0%}"),
         ("mean answer length (tokens)", "mean_answer_tokens", "{:.1f}"), ("seconds", "seconds", "{:.1f}"),
     ):  # fmt: skip
         if key in results[columns[0]]:

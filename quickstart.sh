@@ -70,17 +70,13 @@ if [ -n "${teacher:-}" ]; then stop_teacher; fi
 step export "the same model becomes a Hugging Face checkpoint, the base of the fine-tuning" \
     python local_llm.py export_hf --output_dir "$run/base" --overwrite True
 
-step hold_out "every eighth seed task is kept out of the training, to measure on" \
-    bash -c "awk 'NR % 8 == 0' seed_tasks.jsonl > $run/held_out.jsonl && wc -l $run/held_out.jsonl"
-
-step train "fine-tuning on alpaca_data.json and the new tasks, under torchrun" \
+step train "fine-tuning on the first half of an epoch of alpaca_data.json, under torchrun" \
     torchrun --nproc_per_node=1 train.py configs/quickstart_cpu.yaml --model_name_or_path "$run/base" \
-    --data_path "alpaca_data.json,$run/generated/alpaca_data.json" --val_size 0 --eval_data_path "$run/held_out.jsonl" \
     --output_dir "$run/tuned" --overwrite True
 
-step loss "held-out loss and perplexity of the base and of the tuned model, on the seeds kept out" \
-    python evaluation.py loss --base "$run/base" --model_name_or_path "$run/tuned" --data_path "$run/held_out.jsonl" \
-    --output_dir "$run/loss" --rouge_tasks 0 --overwrite True
+step compare "loss, ROUGE-L of the answers and how many of them end, before and after, on tasks that were not trained on" \
+    python evaluation.py loss --base "$run/base" --model_name_or_path "$run/tuned" \
+    --data_path configs/eval_tasks.jsonl --output_dir "$run/compare" --rouge_tasks 24 --max_new_tokens 128 --overwrite True
 
 # Whole folders that a run was broken off right behind, before it could note that the step was done.
 for name in diff:make_diff recovered:recover; do
@@ -96,9 +92,13 @@ step recover "and back: base plus difference" \
 step verify "the recovered tensors are the tuned ones, bit for bit" \
     python weight_diff.py verify --path_diff "$run/diff" --path_tuned "$run/recovered"
 
-step answer "three instructions, answered by the base and by the tuned model" \
-    python inference.py --base "$run/base" --model_name_or_path "$run/tuned" --data_path "$run/held_out.jsonl" \
-    --limit 3 --max_new_tokens 96
+# One that asks to write, one to sort, one to put into another form.
+step tasks "three of these tasks are shown in full" \
+    bash -c "grep -E '\"eval_task_(8|25|40)\"' configs/eval_tasks.jsonl > $run/shown.jsonl && wc -l < $run/shown.jsonl"
+
+step answer "their answers by the base and by the tuned model, greedy" \
+    python inference.py --base "$run/base" --model_name_or_path "$run/tuned" --data_path "$run/shown.jsonl" \
+    --max_new_tokens 128
 
 python - "$run" << 'PY' | tee "$run/summary.txt"
 import json, pathlib, sys
@@ -106,28 +106,25 @@ import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
 read = lambda name: json.loads((run / name).read_text())
 said = lambda step: (run / "logs" / f"{step}.txt").read_text().strip().splitlines()[-1]
-new, trained, loss = read("generated/alpaca_data.json"), read("tuned/train_report.json"), read("loss/loss.json")
-losses = [line["loss"] for line in map(json.loads, (run / "tuned/train_log.jsonl").open()) if "loss" in line]
-third = len(losses) // 3
+new, trained, compared = read("generated/alpaca_data.json"), read("tuned/train_report.json"), read("compare/loss.json")
+before, after = compared["base"], compared["tuned"]
 results = {
-    "generate": f"{len(new)} new tasks kept, such as: {new[0]['instruction'][:60]}",
+    "generate": f"{len(new)} tasks made up by the small model (not trained on), such as: {new[0]['instruction'][:50]}",
     "export": f"{(run / 'base/model.safetensors').stat().st_size / 1e6:.0f} MB",
-    "hold_out": f"{len((run / 'held_out.jsonl').read_text().splitlines())} seed tasks",
-    "train": f"loss {sum(losses[:third]) / third:.3f} -> {sum(losses[-third:]) / third:.3f} "
-    f"(first and last third of {trained['steps']} steps), "
-    f"{trained['real_tokens_per_second']:.0f} tokens/s",
-    "loss": f"held-out loss {loss['base']['loss']:.3f} -> {loss['tuned']['loss']:.3f}",
+    "train": f"{trained['steps']} steps of 8 rows, {trained['real_tokens_per_second']:.0f} tokens/s",
+    "compare": f"loss {before['loss']:.3f} -> {after['loss']:.3f}, ROUGE-L {before['rouge_l']:.3f} -> "
+    f"{after['rouge_l']:.3f}, answers that end {before['answers_ended']:.0%} -> {after['answers_ended']:.0%}",
     "make_diff": f"{sum(file.stat().st_size for file in (run / 'diff').glob('*.safetensors')) / 1e6:.0f} MB",
     "recover": said("recover").split(": ", 1)[-1],
     "verify": said("verify").split(": ", 1)[0] + ": the recovered model is the tuned one, bit for bit",
-    "answer": f"{run}/logs/answer.txt",
+    "answer": f"{run}/logs/answer.txt, shown above",
 }
 print(f"\n{'step':<10}{'seconds':>8}   result")
 for step, result in results.items():
     print(f"{step:<10}{(run / 'done' / step).read_text().strip():>8}   {result}")
 total = sum(int((run / "done" / step).read_text()) for step in results)
 print(f"{'all':<10}{total:>8}   the tuned model: {run}/tuned   the diff: {run}/diff   every output: {run}/logs")
-if not loss["tuned"]["loss"] < loss["base"]["loss"]:
-    sys.exit("the held-out loss did not fall: something is wrong with the training step")
+if not after["loss"] < before["loss"]:
+    sys.exit("the loss on the evaluation tasks did not fall: something is wrong with the training step")
 PY
 touch "$run/complete"

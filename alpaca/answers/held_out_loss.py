@@ -49,7 +49,8 @@ def rouge_l(text: str, reference: str) -> float:
 def rouge_of_answers(
     model, tokenizer, tasks: Sequence[dict], max_new_tokens: int = 256, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Mean ROUGE-L F1 of greedy answers against the tasks' outputs, and the answers' mean length in tokens."""
+    """Mean ROUGE-L F1 of greedy answers against the tasks' outputs, the answers' mean length in tokens, and
+    the share of them that ended before `max_new_tokens`."""
     from alpaca.answers.answering import Sampling, answer_batch
 
     sampling, answers = Sampling(max_new_tokens), []
@@ -59,5 +60,6 @@ def rouge_of_answers(
     return {
         "rouge_l": sum(scores) / len(scores),
         "rouge_tasks": len(scores),
+        "answers_ended": sum(answer.finish_reason == "stop" for answer in answers) / len(answers),
         "mean_answer_tokens": sum(answer.tokens for answer in answers) / len(answers),
     }
