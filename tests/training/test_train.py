@@ -85,6 +85,7 @@ def quickstart(tiny_tied, tmp_path_factory, run_script):
     done = run_script(
         "train.py", "configs/quickstart_cpu.yaml", "--model_name_or_path", tiny_tied, "--data_path", data,
         "--output_dir", folder / "out", "--learning_rate", "1e-3", "--data_cache_dir", folder / "tokens",
+        "--max_steps", -1, "--num_train_epochs", 1, "--val_size", 20, "--eval_on_start", True,
     )  # fmt: skip
     return done, folder / "out"
 
