@@ -20,12 +20,13 @@ from alpaca.common.run_record import run_record
 from alpaca.common.shard import find_shard
 from alpaca.generation.data_check import check, clean
 from alpaca.generation.filters import check_seeds, find_word_in_string
-from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates, run_records
+from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates
 from alpaca.generation.output import OutputFiles
 from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
 from alpaca.generation.prompting import PROMPT_FILE, Prompter, encode_prompt, load_prompt, load_seeds, seeds_sha256
 from alpaca.generation.server import find_server
 from alpaca.generation.settings import GenerationSettings, Limits
+from alpaca.generation.shards import find_folders, how_to_go_on, join_shards
 
 __all__ = [
     "encode_prompt", "post_process_gpt3_response", "find_word_in_string", "generate_instruction_following_data",
@@ -241,24 +242,27 @@ def generate_instruction_following_data(
                 raise error
 
 
-def rebuild(output_dir: str = "./", overwrite: bool = False) -> None:
+def rebuild(output_dir: str = "./", overwrite: bool = False, shards: str | None = None) -> None:
     """Makes regen.json, alpaca_data.json and rejections.jsonl again from output_dir/responses.jsonl, without a request.
 
     Args:
         output_dir: the folder of a run.
         overwrite: replace files that the run did not write.
+        shards: a pattern such as 'out/shard_*': join the replies of these folders into output_dir instead.
     """
-    path = Path(str(output_dir)) / "responses.jsonl"
-    if not path.is_file():
-        raise UserError(f"no file {path}: rebuild needs the folder of a run.")
-    with Journal(path) as journal:
-        if not run_records(journal.records):
-            raise UserError(f"{path} holds no run.")
+    folder, name = Path(str(output_dir)), "responses.jsonl" if shards is None else "written.jsonl"
+    folders = [folder] if shards is None else find_folders(shards)
+    if not (folders[0] / "responses.jsonl").is_file():
+        raise UserError(f"no file {folder}/responses.jsonl: rebuild needs the folder of a run.")
+    with Journal(folder / name) as journal:
         files = OutputFiles(journal, overwrite)
-        harvest = harvest_journal(journal.records)
+        harvest = harvest_journal(journal.records) if shards is None else join_shards(folders)
         files.write(harvest)
-    print(f"{len(harvest.tasks):,} tasks and {len(harvest.rejections):,} rejections from {path}")
+    source = f"{folder}/responses.jsonl" if shards is None else f"{len(folders)} shards"
+    print(f"{len(harvest.tasks):,} tasks and {len(harvest.rejections):,} rejections from {source}")
     files.print_left_alone()
+    if shards is not None and not harvest.full:
+        print(how_to_go_on(harvest, folders))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import math
 import re
+import shlex
 import sys
 import types
 import typing
@@ -152,3 +153,13 @@ def _as_number(text: str, kind: type) -> str:
         return ""
     value = float(found[1].replace(",", "")) * {"": 1, "k": 1e3, "m": 1e6}[found[2].lower()]
     return f" Type {int(value) if value == int(value) else value}." if kind is float or value == int(value) else ""
+
+
+def command_with(argv: Sequence[str], **flags: Any) -> str:
+    """A command line as it was typed, with other values for these flags."""
+    command = shlex.join(["python", *argv])
+    for name, value in flags.items():
+        flag = f"--{name} {value}"
+        command, found = re.subn(rf"--{name}[= ]\S+", flag, command)
+        command += "" if found else f" {flag}"
+    return command

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from alpaca.common.errors import UserError
 from alpaca.generation.filters import instruction_problem, normalize_input, output_problem
 from alpaca.generation.parsing import parse_reply, visible_text
 from alpaca.generation.rouge import RougeLIndex
@@ -277,6 +278,8 @@ def run_records(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 def empty_harvest(records: Iterable[Mapping[str, Any]]) -> Harvest:
     """A harvest with a journal's settings and nothing read yet."""
     runs = run_records(records)
+    if not runs:
+        raise UserError("responses.jsonl holds no run.")
     seeds = next(record["seeds"] for record in reversed(runs) if "seeds" in record)
     settings = GenerationSettings.from_record(runs[-1]["settings"])
     return Harvest(seeds, settings, runs[-1]["target"], runs[0].get("imported", ()))

@@ -1,14 +1,13 @@
 """What the user sees of a generation run: the plan, the bar, the summary."""
 
 import math
-import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from alpaca.common.cli import command_with
 from alpaca.generation.harvest import Harvest
 from alpaca.generation.prices import Budget, Price, estimate_tokens
 from alpaca.generation.prompting import Prompter
@@ -133,13 +132,3 @@ def empty_replies(record: Mapping[str, Any], count: int) -> str:
         f"{usage['completion']} tokens{reasoning}. A model that thinks before it answers may use up all of "
         "--max_tokens: raise it, or give --reasoning_effort none (or low)."
     )
-
-
-def command_with(argv: Sequence[str], **flags: str) -> str:
-    """A command line as it was typed, with other values for these flags."""
-    command = shlex.join(["python", *argv])
-    for name, value in flags.items():
-        flag = f"--{name} {value}"
-        command, found = re.subn(rf"--{name}[= ]\S+", flag, command)
-        command += "" if found else f" {flag}"
-    return command
