@@ -4,8 +4,8 @@
     python generate_instruction.py --output_dir out --num_instructions_to_generate 5 --base_url http://127.0.0.1:8080/v1
 
 The first needs OPENAI_API_KEY; the second takes minutes on a CPU, beside `python local_llm.py serve`. More commands:
-`rebuild` makes all files again from the kept replies, `check FILE` reports on any data set, `clean FILE --output FILE`
-writes its good rows.
+`rebuild` makes all files again from the kept replies, `check FILE` reports on any data set, `rate FILE` asks a judge
+about each row, `clean FILE --output FILE` writes the good rows.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
 from alpaca.common.run_record import run_record
 from alpaca.common.shard import find_shard
+from alpaca.common.tasks import load_tasks
 from alpaca.generation.data_check import check, clean
 from alpaca.generation.filters import check_seeds, find_word_in_string
 from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates
@@ -30,7 +31,7 @@ from alpaca.generation.shards import find_folders, how_to_go_on, join_shards
 
 __all__ = [
     "encode_prompt", "post_process_gpt3_response", "find_word_in_string", "generate_instruction_following_data",
-    "rebuild", "check", "clean",
+    "rebuild", "check", "clean", "rate",
 ]  # fmt: skip
 
 
@@ -265,6 +266,89 @@ def rebuild(output_dir: str = "./", overwrite: bool = False, shards: str | None 
         print(how_to_go_on(harvest, folders))
 
 
+def rate(
+    path: str,
+    output_dir: str,
+    model_name: str = DEFAULT_MODEL,
+    base_url: str | None = None,
+    api: str = "auto",
+    limit: int | None = None,
+    temperature: float = 0.0,
+    max_tokens: int = 128,
+    reasoning_effort: str | None = None,
+    max_concurrency: int = 32,
+    max_retries: int = 6,
+    request_timeout: float = 600.0,
+    max_cost_usd: float | None = None,
+    price_input: float | None = None,
+    price_output: float | None = None,
+) -> None:
+    """Asks a judge to rate each row of a data set from 1 to 5, with a reason. The same command goes on after a stop.
+
+    Args:
+        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list or JSONL file of tasks.
+        output_dir: folder for ratings.jsonl, run.json and replies.jsonl, which holds every reply. A row that is rated
+            there is not paid for again.
+        model_name: the judge.
+        base_url: server with OpenAI's API; default OPENAI_BASE_URL, then OpenAI.
+        api: completions, chat, or auto.
+        limit: only the first so many rows.
+        temperature: of the judge.
+        max_tokens: longest reply; a judge that thinks before it answers needs more.
+        reasoning_effort: how long a reasoning model thinks (none, low, ...); the default model does not think.
+        max_concurrency: requests under way at the same time.
+        max_retries: of one request after connection errors and server errors.
+        request_timeout: seconds for one attempt, all in all.
+        max_cost_usd: stop before the replies could cost more than this, in US dollars, earlier runs included.
+        price_input: US dollars per million tokens of prompt; default configs/prices.json.
+        price_output: US dollars per million tokens of reply.
+
+    Raises:
+        UserError: a file that cannot be read, or a judge that cannot be asked; what was answered is kept.
+    """
+    tasks, folder = load_tasks(path)[:limit], Path(str(output_dir))
+    find_server(base_url)
+
+    # Late: openai takes a second.
+    from alpaca.generation import rating
+    from alpaca.generation.client import ModelClient, served_model
+
+    model_name = served_model(base_url, model_name)
+    if reasoning_effort is None and model_name == DEFAULT_MODEL:
+        reasoning_effort = DEFAULT_MODEL_EFFORT
+    budget = Budget(price_for(model_name, price_input, price_output, max_cost_usd), max_cost_usd)
+    settings = {"model_name": model_name, "api": api, "temperature": temperature, "max_tokens": max_tokens}
+    settings |= {"reasoning_effort": reasoning_effort, "base_url": base_url, "limit": limit}
+
+    async def ask(journal: Journal) -> rating.Ratings:
+        client = ModelClient(
+            model_name,
+            base_url,
+            api,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            reasoning_effort=reasoning_effort,
+            max_retries=max_retries,
+            request_timeout=request_timeout,
+        )
+        try:
+            return await rating.rate_rows(tasks, client, journal, budget, max_concurrency)
+        finally:
+            await client.close()
+
+    with Journal(folder / "replies.jsonl") as journal, run_record(folder, settings, [path]) as record:
+        for reply in journal.records:
+            budget.count(reply)
+        ratings = asyncio.run(ask(journal))
+        rating.write_ratings(folder / "ratings.jsonl", ratings.rows)
+        record["result"] = {"rows": len(tasks), "rated": sum(row["rating"] is not None for row in ratings.rows)}
+        print(ratings.table())
+        if ratings.error:
+            print(f"The replies are in {journal.path}; the same command goes on from there.")
+            raise ratings.error
+    print(f"next: generate_instruction.py clean {path} --output good.json --ratings {folder} --min_rating 4.5")
+
+
 if __name__ == "__main__":
     run_cli(
         {
@@ -272,6 +356,7 @@ if __name__ == "__main__":
             "rebuild": rebuild,
             "check": check,
             "clean": clean,
+            "rate": rate,
         },
         default="generate_instruction_following_data",
     )

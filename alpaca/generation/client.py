@@ -122,10 +122,14 @@ class RequestSlots:
     async def __aexit__(self, kind, error, trace) -> None:
         self._free.release()
         if isinstance(error, Exception) and not isinstance(error, RequestFailed):
-            self._error = self._error or error
+            self.stop(error)
+
+    def stop(self, error: BaseException) -> None:
+        """Lets no further request start; `run` raises the first such error."""
+        self._error = self._error or error
 
     def _interrupt(self) -> None:
-        self._error = self._error or KeyboardInterrupt()
+        self.stop(KeyboardInterrupt())
         print("\ninterrupted: waiting for the replies under way. Ctrl-C again leaves at once.", flush=True)
 
     async def run(self, jobs: Iterable[Awaitable]) -> list[Any]:

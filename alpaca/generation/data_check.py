@@ -5,15 +5,18 @@ python generate_instruction.py clean alpaca_data.json --output alpaca_clean.json
 python generate_instruction.py check seed_tasks.jsonl                                # one second
 """
 
+import hashlib
+import json
 import re
 import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import jdump, refuse_existing, write_jsonl
+from alpaca.common.files import jdump, read_jsonl, refuse_existing, write_jsonl
 from alpaca.common.tasks import read_rows, read_task
 from alpaca.generation.filters import find_task_header, instruction_problem, is_no_input, output_problem
 from alpaca.generation.rouge import first_repeats
@@ -65,6 +68,8 @@ def clean(
     examples: int = 3,
     json_path: str | None = None,
     overwrite: bool = False,
+    ratings: str | None = None,
+    min_rating: float = 4.5,
 ) -> int:
     """Writes the good rows of a data set to `output` and says what it dropped and why; the exit status is 0.
 
@@ -79,10 +84,13 @@ def clean(
         examples: how many rows of each kind are shown.
         json_path: the whole report, with every dropped row, goes into this JSON file too.
         overwrite: replace output and json_path where they exist.
+        ratings: the folder of `rate`: rows that are rated lower than min_rating, or not at all, go too.
+        min_rating: the lowest rating that stays.
     """
     for target in filter(None, (output, json_path)):
         refuse_existing(target, overwrite)
-    report, good = inspect_rows(read_rows(path), threshold, unicode_dedup, duplicates_among_good=True)
+    known = None if ratings is None else load_ratings(ratings)
+    report, good = inspect_rows(read_rows(path), threshold, unicode_dedup, True, known, min_rating)
     report = {"path": str(path), "output": str(output), "written": len(good), **report}
     if not good:
         raise UserError(f"no row of {path} is good, so {output} was not written. `check {path}` says why.")
@@ -99,13 +107,19 @@ def clean(
 
 
 def inspect_rows(
-    rows: Sequence[Any], threshold: float = 0.7, unicode_dedup: bool = False, duplicates_among_good: bool = False
+    rows: Sequence[Any],
+    threshold: float = 0.7,
+    unicode_dedup: bool = False,
+    duplicates_among_good: bool = False,
+    ratings: Mapping[str, Mapping[str, Any]] | None = None,
+    min_rating: float = 4.5,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What is wrong with `rows` as read from a file, and the rows that are good, their no-input markers removed.
 
     The report holds `rows`, `bad_rows`, `lengths` in characters, `empty_inputs`, and `problems`: kind -> a list with
     the row (the first is 1) and the faulty text of each; duplicates also name the earlier row, its text and the F1.
     Duplicates are sought among all readable rows, or with `duplicates_among_good` among those without another fault.
+    ratings: rows of ratings.jsonl by task_sha256; those below `min_rating` and those without one are bad then.
     """
     if not 0 <= threshold < 1:
         raise UserError(f"--threshold is a ROUGE-L F1 that duplicates exceed, from 0 to below 1; got {threshold}.")
@@ -120,6 +134,8 @@ def inspect_rows(
         else:
             tasks[number] = task
             found = row_problems(task, unicode_dedup)
+            if ratings is not None:
+                found += rating_problem(task, ratings, min_rating)
         for name, text in found:
             problems.setdefault(name, []).append({"row": number, "text": text})
             if name not in REPAIRED:
@@ -175,6 +191,31 @@ def row_problems(task: Mapping[str, str], unicode_dedup: bool = False) -> list[t
         text = task["output"][header.start() :] if header else task["output"].strip() or task["instruction"]
         found.append((f"output: {reason}", text))
     return found
+
+
+def task_sha256(task: Mapping[str, str]) -> str:
+    """What a row's rating is found by, wherever the row stands."""
+    return hashlib.sha256(json.dumps([task[field] for field in FIELDS]).encode()).hexdigest()
+
+
+def load_ratings(folder: str) -> dict[str, dict[str, Any]]:
+    """The rows of a folder's ratings.jsonl by task_sha256; UserError where it has none."""
+    path = Path(str(folder)) / "ratings.jsonl"
+    if not path.is_file():
+        raise UserError(f"no file {path}: --ratings takes the --output_dir of `rate`.")
+    return {row["task_sha256"]: row for row in read_jsonl(path)}
+
+
+def rating_problem(
+    task: Mapping[str, str], ratings: Mapping[str, Mapping[str, Any]], min_rating: float
+) -> list[tuple[str, str]]:
+    """As row_problems: what the rating says against a task."""
+    row = ratings.get(task_sha256(task), {"rating": None, "reason": "not rated"})
+    if row["rating"] is None:
+        return [("rating: none", f"{row['reason']}: {task['instruction']}")]
+    if row["rating"] < min_rating:
+        return [(f"rating: below {min_rating:g}", f"{row['rating']:g}, {row['reason']}: {task['instruction']}")]
+    return []
 
 
 def report_table(report: Mapping[str, Any], examples: int = 3) -> str:

@@ -1,0 +1,106 @@
+"""rate and clean --ratings: a judge rates each row once, and the good rows stay."""
+
+import json
+
+import pytest
+from fake_openai import FakeOpenAI
+
+import generate_instruction
+from alpaca.common.errors import UserError
+from alpaca.common.files import jload, read_jsonl
+from alpaca.generation.rating import rating_prompt, read_rating
+
+ROWS = [
+    {"instruction": instruction, "input": "", "output": output}
+    for instruction, output in (
+        ("Explain how rain forms.", "good"), ("Tell me about snow please.", "bad"), ("Why is there fog?", "good {task}"),
+        ("Describe a hail storm briefly.", "babble"), ("What does ice weigh?", "fine"),
+    )
+]  # fmt: skip
+
+
+def judge(body):
+    prompt = body["messages"][-1]["content"]
+    answer = prompt.split("[Answer]\n")[1].split("\n[End of answer]")[0]
+    return {"good": "5 - correct and clear", "bad": "**2/5** — wrong", "fine": "Rating: 4.5\nClear enough."}.get(
+        answer.split()[0], "Well, opinions differ."
+    )
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+def rate(path, folder, server, **options):
+    generate_instruction.rate(str(path), str(folder), model_name="judge", base_url=server.base_url, **options)
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("4", (4.0, "")), ("4.5 - Clear.", (4.5, "Clear")), ("Rating: 3/5. One wrong date.", (3.0, "One wrong date")),
+        ("**5** – complete", (5.0, "complete")), ("[2] Wrong.", (2.0, "Wrong")), ("1,5 - Made up", (1.5, "Made up")),
+        ("The answer is short.\nScore: 4 - fine", (4.0, "fine")), ("", None), ("6 - great", None), ("45", None),
+        ("0", None), ("Good.", None), ("100%", None), ("There are 3 faults.", None), ("5.5", None),
+    ],
+)  # fmt: skip
+def test_ratings_are_read_and_never_guessed(reply, rating):
+    assert read_rating(reply) == rating
+
+
+def test_the_rating_prompt_takes_texts_as_they_are():
+    prompt = rating_prompt({"instruction": "{answer}", "input": "x", "output": "{task} {0}"})
+    assert "[Task]\n{answer}\n\nInput:\nx\n[End" in prompt and "[Answer]\n{task} {0}\n[End" in prompt
+
+
+def test_rows_are_rated_once_and_the_good_ones_stay(data, tmp_path, capsys):
+    """AlpaGasus: 9,229 of 52,002 rows rated 4.5 and more train a better model than all of them."""
+    with FakeOpenAI(reply=judge) as server:
+        options = {"price_input": 1.0, "price_output": 1.0}
+        rate(data, tmp_path / "rated", server, limit=3, **options)
+        rate(data, tmp_path / "rated", server, **options)
+        assert len(server.log) == 5
+    ratings = read_jsonl(tmp_path / "rated" / "ratings.jsonl")
+    assert [row["rating"] for row in ratings] == [5, 2, 5, None, 4.5] and ratings[1]["reason"] == "wrong"
+    assert "opinions differ" in ratings[3]["reason"] and "mean 4.12 over 4 rows" in capsys.readouterr().out
+    data.write_text(json.dumps(ROWS[::-1] + [{"instruction": "Name a new row here.", "input": "", "output": "x"}]))
+    status = generate_instruction.clean(str(data), str(tmp_path / "good.json"), ratings=str(tmp_path / "rated"))
+    assert status == 0 and jload(tmp_path / "good.json") == [ROWS[4], ROWS[2], ROWS[0]]
+    out = capsys.readouterr().out
+    assert "1  rating: below 4.5" in out and "2  rating: none" in out and "'2, wrong: Tell me about snow" in out
+    with pytest.raises(UserError, match="--ratings takes the --output_dir of `rate`"):
+        generate_instruction.clean(str(data), str(tmp_path / "no.json"), ratings=str(tmp_path))
+
+
+def test_a_budget_or_a_wrong_key_keeps_what_was_rated(data, tmp_path):
+    """Paid ratings are on disk, and the same command goes on."""
+    with FakeOpenAI(reply=judge, faults=lambda number, body: "401" if number == 2 else None) as server:
+        with pytest.raises(UserError, match="does not accept the key"):
+            rate(data, tmp_path / "rated", server, max_concurrency=1)
+        assert len(read_jsonl(tmp_path / "rated" / "ratings.jsonl")) == 2
+        with pytest.raises(UserError, match=r"budget of \$0.01 is spent"):
+            rate(data, tmp_path / "rated", server, max_cost_usd=0.01, price_input=10, price_output=10)
+        rate(data, tmp_path / "rated", server)
+        assert len(read_jsonl(tmp_path / "rated" / "ratings.jsonl")) == 5 and len(server.log) == 6
+
+
+def test_a_judge_that_gives_no_ratings_is_stopped(tmp_path):
+    rows = [{**ROWS[0], "instruction": f"Explain the number {n} to me."} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with FakeOpenAI(reply="I would rather not say.") as server:
+        with pytest.raises(UserError, match="20 rows in a row got no rating.*rather not say"):
+            rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=4)
+        assert len(server.log) < 26
+
+
+def test_rate_is_a_command(run_script, data, tmp_path):
+    """Status 0, a table, and the next command."""
+    with FakeOpenAI(reply=judge) as server:
+        done = run_script(
+            "generate_instruction.py", "rate", data, "--output_dir", tmp_path / "rated", "--model_name", "judge",
+            "--base_url", server.base_url,
+        )  # fmt: skip
+    assert "2  rated 5" in done.stdout and f"clean {data} --output good.json --ratings" in done.stdout
