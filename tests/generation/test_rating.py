@@ -13,8 +13,8 @@ from alpaca.generation.rating import rating_prompt, read_rating
 ROWS = [
     {"instruction": instruction, "input": "", "output": output}
     for instruction, output in (
-        ("Explain how rain forms.", "good"), ("Tell me about snow please.", "bad"), ("Why is there fog?", "good {task}"),
-        ("Describe a hail storm briefly.", "babble"), ("What does ice weigh?", "fine"),
+        ("Explain how rain forms.", "good"), ("Tell me about snow please.", "bad"),
+        ("Why is there fog?", "good {task}"), ("Describe a hail storm now.", "babble"), ("How heavy is ice?", "fine"),
     )
 ]  # fmt: skip
 
