@@ -60,13 +60,13 @@ def convert(input_dir: str, output_dir: str, tokenizer: str | None = None) -> No
     headers = plan_shards(plan)
     need_space(target, headers)
     with new_folder(target, "converting", {"input_dir": str(input_dir), "output_dir": str(output_dir)}) as work:
+        write_small_files(work, plan, params, headers, vocabulary)  # first: a damaged tokenizer is found in seconds
         with tqdm(desc="convert", total=len(plan), unit="tensor", disable=None) as bar:
             for file, header in headers.items():
                 with new_shard(work / file, header) as write:
                     for tensor in parse_header(header, work / file):
                         write(tensor.name, 0, assemble(*plan[tensor.name][1:], params["n_heads"]))
                         bar.update()
-        write_small_files(work, plan, params, headers, vocabulary)
     print(f"{target}: {len(plan)} tensors from {len(files)} file(s) of Meta's.")
 
 
@@ -92,8 +92,9 @@ def read_params(path: Path) -> dict:
     """Meta's params.json; UserError where it is not that of a LLaMA of 2023."""
     params = jload(path)
     for key in ("dim", "n_heads", "n_layers", "norm_eps"):
-        if not isinstance(params, dict) or not isinstance(params.get(key), int | float):
-            raise UserError(f"{path} has no number {key}: these are not LLaMA 1's files, or they are damaged.")
+        value = params.get(key) if isinstance(params, dict) else None
+        if not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{path} has no number {key} above 0: these are not LLaMA 1's files, or they are damaged.")
     if params.get("n_kv_heads", params["n_heads"]) != params["n_heads"]:
         raise UserError(
             f"{path} has {params['n_kv_heads']} key heads for {params['n_heads']} query heads; this converter is for "
@@ -171,7 +172,11 @@ def write_small_files(work: Path, plan: dict, params: dict, headers: dict[str, s
     jdump(config, work / "config.json", indent=2)
     jdump({"bos_token_id": 1, "eos_token_id": 2}, work / "generation_config.json", indent=2)
     (work / "tokenizer.model").write_bytes(vocabulary.read_bytes())
-    tokenizer = LlamaTokenizer.from_pretrained(work, add_bos_token=True)
+    try:
+        tokenizer = LlamaTokenizer.from_pretrained(work, add_bos_token=True)
+    except Exception as error:  # noqa: BLE001 - transformers tries several readers, each with errors of its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{vocabulary} cannot be read as LLaMA's tokenizer ({reason}). Fetch it again.") from error
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(work)
     write_index(work, headers)

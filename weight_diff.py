@@ -60,8 +60,7 @@ def make_diff(
         if is_weight_diff(path):
             raise UserError(f"{path} is itself a weight diff. Recover the model first.")
     raw, tuned = open_weights(raw_folder), plans.untie_twins(open_weights(tuned_folder))
-    if not read_config(tuned_folder):
-        raise UserError(f"{tuned_folder} has no config.json, which makes a folder of weights a model. Copy it there.")
+    need_config(tuned_folder)
     entries = plans.plan_diff(raw, tuned, allow_whole_tensors)
     base, whole = folders.model_label(path_raw), plans.whole_tensors(entries)
     tuned_headers, headers = plans.diff_headers(tuned, entries)
@@ -124,6 +123,7 @@ def recover(
         raise UserError(problem)
     raw, diff = open_weights(raw_folder), open_weights(diff_folder)
     if manifest is None:
+        need_config(diff_folder)
         job = plans.plan_plain(raw, plans.untie_twins(diff), check_integrity_naively)
         travels = {path.name: path.name for path in folders.small_files(diff_folder)}
     else:
@@ -183,6 +183,12 @@ def verify(path_tuned: str | None = None, path_diff: str | None = None, path_raw
         raise UserError(f"{len(problems)} found wrong:\n" + "\n".join(problems))
     checked = [f"{what} {path}" for what, path in (("base", path_raw), ("tuned model", path_tuned)) if path is not None]
     print(f"all {len(manifest['tensors'])} tensors are right: " + ", ".join([*checked, f"diff {path_diff}"]))
+
+
+def need_config(folder: Path) -> None:
+    """Raises UserError where the settings of the model are missing."""
+    if not read_config(folder):
+        raise UserError(f"{folder} has no config.json, without which the result cannot be loaded. Copy it there.")
 
 
 def check_device(device: str) -> None:

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 from test_weight_diff import save, tune
+from test_weight_diff_original import meta_files
 
 import convert_llama
 import weight_diff
@@ -103,6 +104,8 @@ def test_what_can_be_known_is_refused_at_the_start(tmp_path, models, run_script)
     shutil.copy(tuned / "model.safetensors", bare)
     with pytest.raises(UserError, match=r"bare has no config\.json"):
         weight_diff.make_diff(base, bare, tmp_path / "out")
+    with pytest.raises(UserError, match=r"bare has no config\.json"):
+        weight_diff.recover(base, bare, tmp_path / "out")
     (bare / "config.json").write_text("[1]")
     with pytest.raises(UserError, match=r"config\.json holds a list"):
         weight_diff.make_diff(base, bare, tmp_path / "out")
@@ -267,7 +270,7 @@ def test_convert_llama_names_what_is_wrong(tmp_path, models):
         convert_llama.convert(models[0], out)
     with pytest.raises(UserError, match="does not hold Meta's files: expected consolidated.00.pth and params.json"):
         convert_llama.convert(tmp_path / "nothing", out)
-    params = {"dim": 8, "n_heads": 2, "n_layers": 0, "norm_eps": 1e-6}
+    params = {"dim": 8, "n_heads": 2, "n_layers": 1, "norm_eps": 1e-6}
     halves = {
         "tok_embeddings.weight": torch.zeros(4, 4),
         "norm.weight": torch.ones(8),
@@ -299,6 +302,10 @@ def test_convert_llama_names_what_is_wrong(tmp_path, models):
         (folder / "consolidated.00.pth").write_bytes(content)
         with pytest.raises(UserError, match=rf"consolidated\.00\.pth {text}"):
             convert_llama.convert(folder, out)
+    source = meta_files(models[0], tmp_path / "meta", 1)
+    (source.parent / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read as LLaMA's tokenizer"):
+        convert_llama.convert(source, out)
     assert not out.exists()
 
 
