@@ -7,6 +7,7 @@ Not a command; train.py uses it.
 """
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -18,6 +19,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_utils import set_zero3_state
 
 from alpaca.common.errors import UserError
+from alpaca.common.files import refuse_lfs_pointer
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN
 from alpaca.training.library_internals import layer_classes, unsharded
 
@@ -36,6 +38,9 @@ def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> 
 
 
 def load_config(name: str, cache_dir: str | None = None) -> Any:
+    """The base's config; UserError where it cannot be read, or a file of the folder `name` is a git-lfs pointer."""
+    if Path(name).is_dir():
+        refuse_lfs_pointer(name)
     try:
         return AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ import tiny_models
 import train_runs
 
 import train
+from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
 from alpaca.training import checkpoint
 from alpaca.training import model as base_model
@@ -65,6 +66,14 @@ def test_spare_rows_are_used_and_never_cut_off(tiny_opt):
     assert train.smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model) == 1
     weight = model.get_input_embeddings().weight
     assert weight.shape[0] == 520 and tokenizer.pad_token_id == 512 and weight[512].allclose(weight[:512].mean(0))
+
+
+def test_a_tokenizer_that_git_lfs_did_not_fetch(tmp_path, tiny_llama):
+    """Guards: a clone without git-lfs holds a few lines under the tokenizer's name, and no message said so."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    (folder / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 4\n")
+    with pytest.raises(UserError, match=r"tokenizer\.model is a git-lfs pointer"):
+        base_model.load_config(str(folder))
 
 
 def test_rows_up_to_a_multiple(tiny_llama):

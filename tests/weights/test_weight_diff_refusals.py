@@ -15,7 +15,6 @@ from test_weight_diff_original import meta_files
 
 import convert_llama
 import weight_diff
-from alpaca.common.cli import check_line
 from alpaca.common.errors import UserError
 from alpaca.weights import tensors as tensor_files
 from alpaca.weights.manifest import MANIFEST
@@ -321,23 +320,6 @@ def test_a_strangers_manifest_is_a_sentence(tmp_path, models):
         with pytest.raises(UserError, match="not a manifest of this program|describes its tensors in two ways"):
             weight_diff.recover(base, evil, tmp_path / "out")
         shutil.rmtree(evil)
-
-
-def test_commands_in_the_documentation_are_read():
-    """Commands of docs/weights.md and of the scripts' first lines name commands and flags that exist."""
-    from conftest import ROOT
-
-    functions = {
-        "weight_diff.py": {name: getattr(weight_diff, name) for name in ("make_diff", "recover", "verify")},
-        "convert_llama.py": {"convert": convert_llama.convert},
-    }
-    texts = [(ROOT / name).read_text() for name in ("docs/weights.md", "weight_diff.py", "convert_llama.py")]
-    found = re.findall(r"python (weight_diff\.py|convert_llama\.py) ([^`\n]*)", "\n".join(texts))
-    assert len(found) > 12
-    for script, line in found:
-        words = line.split()
-        command = words.pop(0) if script == "weight_diff.py" else "convert"
-        check_line(command, functions[script][command], words)
 
 
 def test_torch_still_notes_where_a_storage_lies(tmp_path):
