@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
@@ -85,13 +86,13 @@ def generate_instruction_following_data(
     overwrite: bool = False,
     shard: str | None = None,
 ) -> None:
-    """Asks a teacher model for new tasks until enough are kept. The same command goes on where a run stopped.
+    """Asks a model for new tasks until enough are kept. The same command goes on where a run stopped.
 
     Args:
         output_dir: folder for responses.jsonl (every reply), regen.json, alpaca_data.json, rejections.jsonl, run.json.
         seed_tasks_path: tasks written by people, from which the examples in the prompts are drawn.
         num_instructions_to_generate: tasks to keep in all, those of earlier runs in the folder included.
-        model_name: the teacher.
+        model_name: the model that is asked.
         num_prompt_instructions: example tasks in each prompt.
         request_batch_size: no longer used; requests are sent one by one, many at a time (max_concurrency).
         temperature: of the sampling; 1.0 is the widest that teachers still answer well at.
@@ -128,119 +129,101 @@ def generate_instruction_following_data(
             WORLD_SIZE, or a Slurm array's variables, else 0/1.
 
     Raises:
-        UserError: wrong settings, or a teacher that cannot be asked; what was answered is kept.
+        UserError: wrong settings, or a model that cannot be asked; what was answered is kept.
     """
+    flags = dict(locals())
     if batch_api and answer_separately:
         raise UserError(
             "--batch_api and --answer_separately cannot be combined: a batch takes hours, answers need two."
         )
-    part = find_shard(shard)
-    folder = Path(str(output_dir)) / ("" if part.whole else f"shard_{part.index}")
-    target = part.share(num_instructions_to_generate)
-    seeds = load_seeds(seed_tasks_path)
-    settings = GenerationSettings(
-        model_name=model_name,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        reasoning_effort=reasoning_effort,
-        api=api,
-        seed=seed,
-        num_prompt_instructions=num_prompt_instructions,
-        num_tasks_per_request=num_tasks_per_request,
-        sample_from_generated=sample_from_generated,
-        sample_lag=sample_lag,
-        answer_separately=answer_separately,
-        unicode_dedup=unicode_dedup,
-        prompt_text=load_prompt(prompt_path, answer_separately),
-        seeds_sha256=seeds_sha256(seeds),
-        shard=part,
-    )
-    if expected_tasks_per_request is None:
-        expected_tasks_per_request = 0.6 * settings.tasks_per_reply
-    limits = Limits(
-        max_concurrency=min(max_concurrency, sample_lag) if sample_from_generated else max_concurrency,
-        max_requests_without_new=max_requests_without_new,
-        expected_tasks_per_request=expected_tasks_per_request,
-        batch_poll_seconds=batch_poll_seconds,
-    )
-    settings.check()
+    part, seeds = find_shard(shard), load_seeds(seed_tasks_path)
+    prompt_text = load_prompt(prompt_path, answer_separately)
+    derived = {"prompt_text": prompt_text, "seeds_sha256": seeds_sha256(seeds), "shard": part}
+    settings, limits = GenerationSettings.from_flags(flags | derived), Limits.from_flags(flags)
+    settings.check(len(seeds))
     limits.check()
-    if len(seeds) < num_prompt_instructions:
-        raise UserError(f"{seed_tasks_path} has {len(seeds)} tasks, fewer than --num_prompt_instructions.")
-    if not dry_run:
-        server = find_server(base_url)
+    server = None if dry_run else find_server(base_url)
 
     # Late: openai takes a second, which --help and a line that is refused need not wait for.
-    from alpaca.generation.batch_api import BatchRun
-    from alpaca.generation.client import ModelClient, served_model
-    from alpaca.generation.run import GenerationRun, begin_or_go_on
-    from alpaca.generation.summary import Progress, print_plan, summarize
+    from alpaca.generation.client import served_model
+    from alpaca.generation.run import begin_or_go_on
+    from alpaca.generation.summary import print_plan
 
-    if not dry_run:
+    if server:
         settings = dataclasses.replace(settings, model_name=served_model(base_url, model_name))
     if reasoning_effort is None and settings.model_name == DEFAULT_MODEL:
         settings = dataclasses.replace(settings, reasoning_effort=DEFAULT_MODEL_EFFORT)
     price = price_for(settings.model_name, price_input, price_output, max_cost_usd)
-    budget = Budget(price, None if max_cost_usd is None else max_cost_usd / part.count)
-    prompter = Prompter(seeds, settings)
+    prompter, target = Prompter(seeds, settings), part.share(num_instructions_to_generate)
     if dry_run:
         check_seeds([task["instruction"] for task in seeds], unicode_dedup)
         print_plan(prompter, price, target, limits, batch_api)
         return
-    for name, value, default in (("num_cpus", num_cpus, 16), ("request_batch_size", request_batch_size, 5)):
-        if value != default:
+    for name, default in (("num_cpus", 16), ("request_batch_size", 5)):
+        if flags[name] != default:
             print(f"note: --{name} has no use any more; --max_concurrency sets how many requests run at a time.")
+    folder = Path(str(output_dir))
     if not part.whole:
+        folder /= f"shard_{part.index}"
         print(f"note: shard {part}: {target:,} tasks into {folder}.")
 
     with Journal(folder / "responses.jsonl") as journal:
         begin_or_go_on(journal, settings, seeds, target, change_settings)
         files = OutputFiles(journal, overwrite)
-        harvest = empty_harvest(journal.records)
-        for reply in journal.records:
-            budget.count(reply)
-
-        async def generate() -> GenerationRun | BatchRun:
-            client = ModelClient(
-                settings.model_name,
-                base_url=base_url,
-                api=api,
-                # A small model goes on with a list of instructions better than it follows the request for one.
-                first_api="completions" if answer_separately and not server.official else "chat",
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                reasoning_effort=settings.reasoning_effort,
-                max_retries=max_retries,
-                request_timeout=request_timeout,
-            )
-            client.accepted = any("text" in reply for reply in journal.records)
-            pieces = (client, journal, harvest, prompter, limits, budget, files)
-            generation = BatchRun(*pieces) if batch_api else GenerationRun(*pieces, progress)
-            try:
-                await client.check_model()
-                await generation.run()
-            finally:
-                progress.close()
-                await client.close()
-            record["result"] = summarize(harvest, journal.records, generation.end, budget, client.counts, limits)
-            return generation
-
-        recorded = settings.to_record() | {"prompt_path": prompt_path, "seed_tasks_path": seed_tasks_path}
-        recorded |= dataclasses.asdict(limits) | {"max_cost_usd": max_cost_usd, "base_url": server.url}
-        recorded |= {"num_instructions_to_generate": num_instructions_to_generate}
+        budget = Budget(price, None if max_cost_usd is None else max_cost_usd / part.count)
+        recorded = flags | dataclasses.asdict(limits) | {"base_url": server.url, "shard": str(part)}
+        recorded |= {"model_name": settings.model_name, "reasoning_effort": settings.reasoning_effort}
         with run_record(folder, recorded, [seed_tasks_path, prompt_path or PROMPT_FILE]) as record:
-            progress = Progress(harvest, journal.records)
-            try:
-                error = asyncio.run(generate()).error
-            except KeyboardInterrupt:
-                print(f"\nleft at once. `rebuild --output_dir {folder}` writes the files from {journal.path}.")
-                raise
-            files.print_left_alone()
+            # A small model goes on with a list of instructions better than it follows the request for one.
+            first_api = "completions" if answer_separately and not server.official else "chat"
+            connection = {"base_url": base_url, "first_api": first_api, "max_retries": max_retries}
+            connection["request_timeout"] = request_timeout
+            record["result"], error = _generate(journal, prompter, limits, budget, files, connection, batch_api)
             if error:
                 print(f"The replies are in {journal.path}; the same command goes on from there.")
                 raise error
+
+
+def _generate(
+    journal: Journal,
+    prompter: Prompter,
+    limits: Limits,
+    budget: Budget,
+    files: OutputFiles,
+    connection: Mapping[str, Any],
+    batch_api: bool,
+) -> tuple[dict[str, Any], BaseException | None]:
+    """Asks until the run ends and writes the files; returns the figures for run.json and the error that ended it."""
+    from alpaca.generation.batch_api import BatchRun
+    from alpaca.generation.client import ModelClient
+    from alpaca.generation.run import GenerationRun
+    from alpaca.generation.summary import Progress, summarize
+
+    harvest = empty_harvest(journal.records)
+    for reply in journal.records:
+        budget.count(reply)
+    progress = Progress(harvest, journal.records)
+
+    async def ask() -> tuple[dict[str, Any], BaseException | None]:
+        client = ModelClient.for_settings(prompter.settings, **connection)
+        client.accepted = any("text" in reply for reply in journal.records)
+        parts = (client, journal, harvest, prompter, limits, budget, files)
+        generation = BatchRun(*parts) if batch_api else GenerationRun(*parts, progress)
+        try:
+            await client.check_model()
+            await generation.run()
+        finally:
+            progress.close()
+            await client.close()
+        return summarize(harvest, journal.records, generation.end, budget, client.counts, limits), generation.error
+
+    try:
+        return asyncio.run(ask())
+    except KeyboardInterrupt:
+        print(f"\nleft at once. `rebuild --output_dir {files.folder}` writes the files from {journal.path}.")
+        raise
+    finally:
+        files.print_left_alone()
 
 
 def rebuild(output_dir: str = "./", overwrite: bool = False, shards: str | None = None) -> None:

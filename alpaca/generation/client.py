@@ -27,6 +27,7 @@ import openai
 from alpaca.common.errors import UserError
 from alpaca.generation.prices import DEFAULT_MODEL, estimate_tokens
 from alpaca.generation.server import find_server
+from alpaca.generation.settings import GenerationSettings
 
 RATE_LIMIT_PATIENCE = 1800.0  # seconds without any reply because of rate limits, after which the run gives up
 SAY_AFTER = 10.0  # seconds of waiting for a rate limit after which the user is told
@@ -272,6 +273,12 @@ class ModelClient:
             timeout=request_timeout,
         )
         self._once = self.sdk.with_options(max_retries=0)
+
+    @classmethod
+    def for_settings(cls, settings: GenerationSettings, **connection: Any) -> "ModelClient":
+        """The client of a generation run."""
+        names = ("api", "temperature", "top_p", "max_tokens", "reasoning_effort")
+        return cls(settings.model_name, **{name: getattr(settings, name) for name in names}, **connection)
 
     async def close(self) -> None:
         await self.sdk.close()

@@ -37,8 +37,13 @@ class GenerationSettings:
         """How many tasks the prompt's list has room for behind its examples."""
         return self.num_tasks_per_request - self.num_prompt_instructions
 
-    def check(self) -> None:
-        """Raises UserError for values that fit no run or not each other."""
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "GenerationSettings":
+        """The settings among a command's flags."""
+        return cls(**{field.name: flags[field.name] for field in dataclasses.fields(cls)})
+
+    def check(self, seeds: int) -> None:
+        """Raises UserError for values that fit no run, not each other, or not so many seeds."""
         if self.api not in ("auto", "completions", "chat"):
             raise UserError(f"--api must be auto, completions or chat, found {self.api!r}.")
         if not 0 <= self.sample_from_generated <= self.num_prompt_instructions < self.num_tasks_per_request:
@@ -49,6 +54,8 @@ class GenerationSettings:
         for name in ("max_tokens", "sample_lag"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, found {getattr(self, name)}.")
+        if seeds < self.num_prompt_instructions:
+            raise UserError(f"--seed_tasks_path has {seeds} tasks, fewer than --num_prompt_instructions.")
 
     def to_record(self) -> dict[str, Any]:
         """As they stand in the journal; a run that is no shard has no `shard` there."""
@@ -75,6 +82,17 @@ class Limits:
     max_requests_without_new: int = 100  # replies in a row without a task that is kept
     expected_tasks_per_request: float = 10.0  # before replies tell
     batch_poll_seconds: float = 30.0
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "Limits":
+        """The limits among a command's flags."""
+        values = {field.name: flags[field.name] for field in dataclasses.fields(cls)}
+        if values["expected_tasks_per_request"] is None:
+            room = flags["num_tasks_per_request"] - flags["num_prompt_instructions"]
+            values["expected_tasks_per_request"] = 0.6 * room
+        if flags["sample_from_generated"]:  # examples come from requests so much earlier: these must have ended
+            values["max_concurrency"] = min(values["max_concurrency"], flags["sample_lag"])
+        return cls(**values)
 
     def check(self) -> None:
         """Raises UserError for values that fit no run."""
