@@ -5,7 +5,7 @@
 
 The first needs OPENAI_API_KEY; the second takes minutes on a CPU, beside `python local_llm.py serve`. More commands:
 `rebuild` makes all files again from the kept replies, `check FILE` reports on any data set, `rate FILE` asks a judge
-about each row, `clean FILE --output FILE` writes the good rows.
+about each row, `clean FILE --output FILE` writes the good rows, `dedup FILE --output FILE` those that repeat no other.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from alpaca.common.journal import Journal
 from alpaca.common.run_record import run_record
 from alpaca.common.shard import find_shard
 from alpaca.common.tasks import load_tasks
-from alpaca.generation.data_check import check, clean
+from alpaca.generation.data_check import check, clean, dedup
 from alpaca.generation.filters import check_seeds, find_word_in_string
 from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates
 from alpaca.generation.output import OutputFiles
@@ -32,7 +32,7 @@ from alpaca.generation.shards import find_folders, how_to_go_on, join_shards
 
 __all__ = [
     "encode_prompt", "post_process_gpt3_response", "find_word_in_string", "generate_instruction_following_data",
-    "rebuild", "check", "clean", "rate",
+    "rebuild", "check", "clean", "dedup", "rate",
 ]  # fmt: skip
 
 
@@ -339,6 +339,7 @@ if __name__ == "__main__":
             "rebuild": rebuild,
             "check": check,
             "clean": clean,
+            "dedup": dedup,
             "rate": rate,
         },
         default="generate_instruction_following_data",

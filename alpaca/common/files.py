@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,15 @@ def jdump(obj: Any, f: Any, mode: str = "w", indent: int | None = 4, default: Ca
             stream.write(text)
 
 
+def json_list(rows: Iterable[Any]) -> Iterator[str]:
+    """The text of json.dumps(list(rows), indent=4, ensure_ascii=False), row by row."""
+    begin = "[\n    "
+    for row in rows:
+        yield begin + json.dumps(row, indent=4, ensure_ascii=False, default=str).replace("\n", "\n    ")
+        begin = ",\n    "
+    yield "[]" if begin.startswith("[") else "\n]"
+
+
 def read_jsonl(path: str | os.PathLike) -> list[Any]:
     """All objects of a JSONL file; blank lines are skipped, a broken line is a UserError with its number."""
     rows = []
@@ -208,7 +217,7 @@ def read_jsonl(path: str | os.PathLike) -> list[Any]:
     return rows
 
 
-def write_jsonl(path: str | os.PathLike, rows: Sequence[Any]) -> None:
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Any]) -> None:
     """Writes one JSON object a line, atomically."""
     with atomic_write(path) as stream:
         for row in rows:

@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import jload, read_jsonl, read_text, refuse_lfs_pointer
 
 TASK_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+BLOCK = 1 << 20  # characters read at a time
 
 
 def load_tasks(path: str | os.PathLike, require_output: bool = True) -> list[dict[str, Any]]:
@@ -45,6 +48,59 @@ def read_rows(path: str | os.PathLike) -> list[Any]:
     if text.startswith("{") and (lists := _lists_inside(text)):
         raise UserError(f"{path} holds one object, not a list of rows. Its rows stand under {lists}: save that list.")
     return read_jsonl(path)
+
+
+def iter_rows(path: str | os.PathLike) -> Iterator[Any]:
+    """The rows that `read_rows` returns and its errors; UTF-8 JSON and JSONL are read as they are taken."""
+    taken = 0
+    if Path(path).is_file() and Path(path).suffix not in (".parquet", ".csv", ".tsv"):
+        try:
+            for row in _stream_rows(path):
+                yield row
+                taken += 1
+            return
+        except ValueError:  # another encoding or layout, or a fault that read_rows names
+            pass
+    yield from itertools.islice(read_rows(path), taken, None)
+
+
+def _stream_rows(path: str | os.PathLike) -> Iterator[Any]:
+    """Rows of a JSON list or JSONL file; ValueError where it is neither."""
+    with open(path, encoding="utf-8-sig", newline="\n") as stream:
+        text = stream.read(BLOCK).lstrip()
+        if not text:
+            raise ValueError("nothing to see yet")
+        if not text.startswith("["):
+            stream.seek(0)
+            rows = (json.loads(line) for line in stream if line.strip())
+            first = next(rows)
+            if isinstance(first, dict) and "instruction" not in first and "instances" not in first:
+                raise ValueError("an object that may hold lists of rows")
+            yield first
+            yield from rows
+            return
+        decoder, place, separator = json.JSONDecoder(), 1, re.compile(r"\s*([],])\s*")
+        if re.compile(r"\s*]").match(text, 1):
+            raise ValueError("an empty list, or something behind it")
+        while True:
+            place = re.compile(r"\s*").match(text, place).end()
+            try:
+                row, end = decoder.raw_decode(text, place)
+                sign = separator.match(text, end)
+            except ValueError:
+                sign = None
+            if sign and (sign.end() < len(text) or sign[1] == "]"):
+                yield row
+                place = sign.end()
+                if sign[1] == "]":
+                    break
+            else:  # the row goes on behind what was read
+                more = stream.read(max(BLOCK, len(text) - place))
+                if not more:
+                    raise ValueError("not a list of rows")
+                text, place = text[place:] + more, 0
+        if (text[place:] + stream.read()).strip():
+            raise ValueError("something behind the list")
 
 
 def _lists_inside(text: str) -> str:

@@ -1,34 +1,50 @@
 """Finds what is wrong in a data set of tasks, and writes the rows that are good.
 
 python generate_instruction.py check alpaca_data.json                                # 52,002 rows take seconds
+python generate_instruction.py check alpaca_data.json --against configs/eval_tasks.jsonl
 python generate_instruction.py clean alpaca_data.json --output alpaca_clean.json     # the same, and a file
-python generate_instruction.py check seed_tasks.jsonl                                # one second
+python generate_instruction.py dedup FILE.jsonl --output UNIQUE.jsonl                # ten million rows take minutes
 """
 
 import hashlib
+import itertools
 import json
+import os
 import re
 import resource
-import statistics
+import signal
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
 
 from alpaca.common.errors import UserError
-from alpaca.common.files import jdump, read_jsonl, refuse_existing, write_jsonl
-from alpaca.common.tasks import read_rows, read_task
+from alpaca.common.files import atomic_write, json_list, read_jsonl, refuse_existing, write_jsonl
+from alpaca.common.tasks import iter_rows, read_task
+from alpaca.generation.evaluation_overlap import GRAM, EvaluationSets
 from alpaca.generation.filters import find_task_header, instruction_problem, is_no_input, output_problem
-from alpaca.generation.rouge import first_repeats
+from alpaca.generation.pair_search import CORES, TokenNumbers, TokenStore
+from alpaca.generation.rouge import Matches, first_repeats, nearest, number_tokens
 
 FIELDS = ("instruction", "input", "output")
 NO_INPUT = 'input: "no input" in some spelling'
 OTHER_MARKER = 'input: another marker (N/A, none, "no input required")'
 SWALLOWED = "output: contains the next task"
 EXACT, NEAR = "exact duplicate", "near duplicate"
+EVALUATED = "in an evaluation set: the instruction"
+EVALUATED_WORDS = f"in an evaluation set: {GRAM} words of the {{}}"
 # Listed even where there are none: what people look for first.
 ALWAYS_LISTED = ("unreadable", NO_INPUT, OTHER_MARKER, "output: empty output", SWALLOWED, EXACT, NEAR)
 REPAIRED = (NO_INPUT, OTHER_MARKER)  # `clean` makes these inputs empty and keeps the row
+BATCH = 2000  # rows that a process inspects at a time
+ONE_PROCESS = 4_000_000  # bytes of a file up to which more processes do not pay
 
 
 def check(
@@ -38,26 +54,23 @@ def check(
     examples: int = 3,
     json_path: str | None = None,
     overwrite: bool = False,
+    against: str | None = None,
+    against_threshold: float = 0.7,
 ) -> int:
     """Reports on a data set; the exit status is 1 where any row is bad, else 0.
 
     Args:
-        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list or JSONL file of tasks.
+        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list, JSONL, CSV or Parquet file of tasks.
         threshold: ROUGE-L F1 with an earlier row above which an instruction is a near duplicate.
         unicode_dedup: compare instructions in any script, and let them begin with any letter.
         examples: how many rows of each kind are shown.
         json_path: the whole report, with every bad row, goes into this JSON file too.
         overwrite: replace json_path where it exists.
+        against: evaluation sets, comma-separated; rows that stand in them are named.
+        against_threshold: ROUGE-L F1 of the instructions above which a row stands in an evaluation set.
     """
-    if json_path:
-        refuse_existing(json_path, overwrite)
-    report, _ = inspect_rows(read_rows(path), threshold, unicode_dedup)
-    report = {"path": str(path), **report}
-    print(report_table(report, examples))
-    if json_path:
-        jdump(report, json_path)
-        print(f"\nThe whole report is in {json_path}.")
-    return 1 if report["bad_rows"] else 0
+    options = CheckOptions(threshold, unicode_dedup, against=against, against_threshold=against_threshold)
+    return inspect_file(path, options, examples, json_path, overwrite)
 
 
 def clean(
@@ -68,6 +81,8 @@ def clean(
     examples: int = 3,
     json_path: str | None = None,
     overwrite: bool = False,
+    against: str | None = None,
+    against_threshold: float = 0.7,
     ratings: str | None = None,
     min_rating: float = 4.5,
 ) -> int:
@@ -77,102 +92,248 @@ def clean(
     otherwise, so that a bad row never takes a good one with it. Other fields of a row stay.
 
     Args:
-        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list or JSONL file of tasks.
+        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list, JSONL, CSV or Parquet file of tasks.
         output: the new file: JSONL where the name ends in .jsonl, else a JSON list.
         threshold: ROUGE-L F1 with an earlier good row above which an instruction is a near duplicate.
         unicode_dedup: compare instructions in any script, and let them begin with any letter.
         examples: how many rows of each kind are shown.
         json_path: the whole report, with every dropped row, goes into this JSON file too.
         overwrite: replace output and json_path where they exist.
+        against: evaluation sets, comma-separated; rows that stand in them are dropped.
+        against_threshold: ROUGE-L F1 of the instructions above which a row stands in an evaluation set.
         ratings: the folder of `rate`: rows that are rated lower than min_rating, or not at all, go too.
         min_rating: the lowest rating that stays.
     """
-    for target in filter(None, (output, json_path)):
-        refuse_existing(target, overwrite)
-    known = None if ratings is None else load_ratings(ratings)
-    report, good = inspect_rows(read_rows(path), threshold, unicode_dedup, True, known, min_rating)
-    report = {"path": str(path), "output": str(output), "written": len(good), **report}
-    if not good:
-        raise UserError(f"no row of {path} is good, so {output} was not written. `check {path}` says why.")
-    if str(output).endswith(".jsonl"):
-        write_jsonl(output, good)
-    else:
-        jdump(good, output)
-    print(report_table(report, examples))
-    print(f"\n{output}: {len(good):,} rows written, {report['rows'] - len(good):,} dropped.")
-    if json_path:
-        jdump(report, json_path)
-        print(f"The whole report is in {json_path}.")
-    return 0
+    options = CheckOptions(threshold, unicode_dedup, against=against, against_threshold=against_threshold)
+    options.ratings, options.min_rating = ratings and load_ratings(ratings), min_rating
+    return inspect_file(path, options, examples, json_path, overwrite, output)
 
 
-def inspect_rows(
-    rows: Sequence[Any],
+def dedup(
+    path: str,
+    output: str,
     threshold: float = 0.7,
     unicode_dedup: bool = False,
-    duplicates_among_good: bool = False,
-    ratings: Mapping[str, Mapping[str, Any]] | None = None,
-    min_rating: float = 4.5,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What is wrong with `rows` as read from a file, and the rows that are good, their no-input markers removed.
+    examples: int = 3,
+    json_path: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes the rows of a data set whose instruction resembles no earlier row that stays; the exit status is 0.
 
-    The report holds `rows`, `bad_rows`, `lengths` in characters, `empty_inputs`, and `problems`: kind -> a list with
-    the row (the first is 1) and the faulty text of each; duplicates also name the earlier row, its text and the F1.
-    Duplicates are sought among all readable rows, or with `duplicates_among_good` among those without another fault.
-    ratings: rows of ratings.jsonl by task_sha256; those below `min_rating` and those without one are bad then.
+    Args:
+        path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list, JSONL, CSV or Parquet file of tasks.
+        output: the new file: JSONL where the name ends in .jsonl, else a JSON list.
+        threshold: ROUGE-L F1 with an earlier row above which an instruction is a near duplicate.
+        unicode_dedup: compare instructions in any script.
+        examples: how many rows of each kind are shown.
+        json_path: the whole report, with every dropped row, goes into this JSON file too.
+        overwrite: replace output and json_path where they exist.
     """
-    if not 0 <= threshold < 1:
-        raise UserError(f"--threshold is a ROUGE-L F1 that duplicates exceed, from 0 to below 1; got {threshold}.")
+    return inspect_file(
+        path, CheckOptions(threshold, unicode_dedup, filters=False), examples, json_path, overwrite, output
+    )
+
+
+@dataclass
+class CheckOptions:
+    """Flags of the commands. filters: whether rows are judged by themselves, or duplicates alone are sought."""
+
+    threshold: float
+    unicode_dedup: bool
+    filters: bool = True
+    against: str | None = None
+    against_threshold: float = 0.7
+    ratings: Mapping[str, Mapping[str, Any]] | None = None  # rows of ratings.jsonl by task_sha256
+    min_rating: float = 4.5
+
+    def __post_init__(self):
+        for name, value in {"threshold": self.threshold, "against_threshold": self.against_threshold}.items():
+            if not 0 <= value < 1:
+                raise UserError(f"--{name} is a ROUGE-L F1 that is exceeded, from 0 to below 1; got {value}.")
+
+
+def inspect_file(
+    path: str, options: CheckOptions, examples: int, json_path: str | None, overwrite: bool, output: str | None = None
+) -> int:
+    """Prints what is wrong with the rows of a file, and writes the good ones to `output`. Returns the exit status.
+
+    JSON and JSONL are read row by row; what stays in memory are token numbers and lengths.
+    """
+    for target in filter(None, (output, json_path)):
+        refuse_existing(target, overwrite)
     begin = time.perf_counter()
-    problems: dict[str, list[dict[str, Any]]] = {name: [] for name in ALWAYS_LISTED}
-    tasks: dict[int, dict[str, Any]] = {}
-    dropped: set[int] = set()
-    for number, row in enumerate(rows, start=1):
-        task, unreadable = read_task(row)
-        if unreadable:
-            found = [("unreadable", unreadable)]
+    evaluation = EvaluationSets(options.against, options.unicode_dedup) if options.against else None
+    findings = Findings(path, options, examples, keep_all=bool(json_path))
+    findings.compare_rows(findings.look_at_rows(evaluation), evaluation, among_good=output is not None)
+    report = {"path": str(path), **findings.report(), "seconds": round(time.perf_counter() - begin, 2)}
+    report["peak_memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if output:
+        report |= {"output": str(output), "written": int((~findings.dropped).sum())}
+        if not report["written"]:
+            raise UserError(f"no row of {path} is good, so {output} was not written. `check {path}` says why.")
+        if str(output).endswith(".jsonl"):
+            write_jsonl(output, findings.good_rows())
         else:
-            tasks[number] = task
-            found = row_problems(task, unicode_dedup)
-            if ratings is not None:
-                found += rating_problem(task, ratings, min_rating)
-        for name, text in found:
-            problems.setdefault(name, []).append({"row": number, "text": text})
-            if name not in REPAIRED:
-                dropped.add(number)
+            with atomic_write(output) as stream:
+                stream.writelines(json_list(findings.good_rows()))
+    print(report_table(report, findings.problems))
+    if output:
+        print(f"\n{output}: {report['written']:,} rows written, {report['rows'] - report['written']:,} dropped.")
+    if json_path:
+        write_report(json_path, report, findings.problems)
+        print(f"\nThe whole report is in {json_path}.")
+    return 1 if report["bad_rows"] and not output else 0
 
-    compared = [number for number in tasks if not (duplicates_among_good and number in dropped)]
-    repeats = first_repeats([tasks[number]["instruction"] for number in compared], threshold, unicode_dedup)
-    for first, again, score in repeats:
-        earlier, number = compared[first], compared[again]
-        texts = [[_plain(tasks[n][field]) for field in ("instruction", "input")] for n in (earlier, number)]
-        problems[EXACT if texts[0] == texts[1] else NEAR].append(
-            {
-                "row": number,
-                "text": tasks[number]["instruction"],
-                "f1": score,
-                "repeats_row": earlier,
-                "repeats": tasks[earlier]["instruction"],
-            }
+
+class Problem:
+    """The rows with one kind of fault: their number, the first ones, and with `keep_all` all of them in a file."""
+
+    def __init__(self, examples: int, keep_all: bool):
+        self.count, self._most = 0, examples
+        self.examples: list[dict[str, Any]] = []
+        self.file: IO[str] | None = tempfile.TemporaryFile("w+", encoding="utf-8") if keep_all else None
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.count += 1
+        if len(self.examples) < self._most:
+            self.examples.append(entry)
+        if self.file:
+            self.file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+class Findings:
+    """What is wrong with the rows of a file. Rows count from 0 here and from 1 in what is shown.
+
+    problems: by kind. bad, dropped: bool of each row. lengths: characters of each row's fields, int32 of shape
+    (rows, 3), 0 where a field is blank, -1 where the row cannot be read.
+    """
+
+    def __init__(self, path: str, options: CheckOptions, examples: int, keep_all: bool):
+        self.path, self.options, self.examples, self.keep_all = path, options, examples, keep_all
+        self.problems: defaultdict[str, Problem] = defaultdict(lambda: Problem(examples, keep_all))
+        for kind in ALWAYS_LISTED if options.filters else ("unreadable", EXACT, NEAR):
+            self.problems[kind].count = 0
+
+    def look_at_rows(self, evaluation: EvaluationSets | None) -> TokenStore:
+        """Judges each row by itself, and returns the tokens of the instructions."""
+        store, batches, bad, dropped, rows = TokenStore(), [], [], [], 0
+        for batch in inspected_batches(self.path, RowInspector(self.options, evaluation)):
+            for row, kind, entry in batch.problems:
+                self.problems[kind].add({"row": rows + row + 1, **entry})
+                bad.append(rows + row)
+                if kind not in REPAIRED:
+                    dropped.append(rows + row)
+            store.append(batch.tokens)
+            batches.append((batch.lengths, batch.texts))
+            rows += len(batch.lengths)
+        self.lengths = np.concatenate([np.empty((0, len(FIELDS)), np.int32), *(lengths for lengths, _ in batches)])
+        self.texts = np.concatenate([np.empty(0, np.uint64), *(texts for _, texts in batches)])
+        self.bad, self.dropped = np.zeros(rows, bool), np.zeros(rows, bool)
+        self.bad[bad] = self.dropped[dropped] = True
+        return store
+
+    def compare_rows(self, store: TokenStore, evaluation: EvaluationSets | None, among_good: bool) -> None:
+        """Finds instructions of evaluation sets, and duplicates among all rows or those without another fault."""
+        rows = len(self.bad)
+        if evaluation:
+            store.append(number_tokens(evaluation.instructions, self.options.unicode_dedup))
+        sequences = store.sequences()
+        readable = self.lengths[:, 0] >= 0
+        if evaluation:
+            tasks = np.arange(rows, len(sequences))
+            found = nearest(sequences, np.flatnonzero(readable), tasks, self.options.against_threshold)
+            self._add(found, np.full(len(found.rows), EVALUATED), lambda other: evaluation.source(other - rows))
+        found = first_repeats(
+            sequences, self.options.threshold, np.flatnonzero(readable & ~self.dropped if among_good else readable)
         )
-        dropped.add(number)
+        exact = self.texts[found.rows] == self.texts[found.others]
+        self._add(found, np.where(exact, EXACT, NEAR))
 
-    report = {
-        "rows": len(rows),
-        "bad_rows": len({entry["row"] for entries in problems.values() for entry in entries}),
-        "threshold": threshold,
-        "lengths": {field: _lengths([task[field] for task in tasks.values()]) for field in FIELDS},
-        "empty_inputs": sum(not task["input"].strip() for task in tasks.values()),
-        "problems": problems,
-        "seconds": round(time.perf_counter() - begin, 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    }
-    good = [
-        task | {"input": ""} if is_no_input(task["input"]) else task
-        for number, task in tasks.items()
-        if number not in dropped
-    ]
-    return report, good
+    def _add(self, found: Matches, kinds: np.ndarray, source: Callable[[int], dict[str, Any]] | None = None) -> None:
+        """Adds rows that resemble another one. source: what is shown of the other; default an earlier row's text."""
+        self.bad[found.rows] = self.dropped[found.rows] = True
+        shown = np.ones(len(kinds), bool)
+        if not self.keep_all:
+            for kind in np.unique(kinds).tolist():
+                shown[np.flatnonzero(kinds == kind)[self.examples :]] = False
+                self.problems[kind].count += int((kinds == kind)[~shown].sum())
+        rows, others, scores = (column[shown] for column in found)
+        instructions: dict[int, str] = {}
+        wanted = set(rows.tolist() if source else [*rows.tolist(), *others.tolist()])
+        for row, content in enumerate(iter_rows(self.path) if wanted else ()):
+            if row in wanted:
+                instructions[row] = read_task(content)[0]["instruction"]
+                if len(instructions) == len(wanted):
+                    break
+        for kind, row, other, score in zip(
+            kinds[shown].tolist(), rows.tolist(), others.tolist(), scores.tolist(), strict=True
+        ):
+            shown_other = source(other) if source else {"repeats_row": other + 1, "repeats": instructions[other]}
+            self.problems[kind].add({"row": row + 1, "text": instructions[row], "f1": score, **shown_other})
+
+    def good_rows(self) -> Iterator[Any]:
+        """The rows that stay, read from the file again."""
+        for row in itertools.compress(iter_rows(self.path), ~self.dropped):
+            if self.options.filters:
+                row, _ = read_task(row)
+                row |= {"input": ""} if is_no_input(row["input"]) else {}
+            yield row
+
+    def report(self) -> dict[str, Any]:
+        """The figures; `problems` is beside them."""
+        return {
+            "rows": len(self.bad),
+            "bad_rows": int(self.bad.sum()),
+            "threshold": self.options.threshold,
+            "against_threshold": self.options.against_threshold,
+            "lengths": {field: _length_figures(sizes) for field, sizes in zip(FIELDS, self.lengths.T, strict=True)},
+            "empty_inputs": int((self.lengths[:, 1] == 0).sum()),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One row at a time, in processes of their own where the file is large.
+
+
+class InspectedBatch(NamedTuple):
+    """problems: row in the batch, kind, what is shown of it. texts: 64 bits of hash of instruction and input."""
+
+    problems: list[tuple[int, str, dict[str, Any]]]
+    lengths: np.ndarray
+    texts: np.ndarray
+    tokens: TokenNumbers
+
+
+@dataclass
+class RowInspector:
+    """Looks at rows as read from a file."""
+
+    options: CheckOptions
+    evaluation: EvaluationSets | None = None
+
+    def __call__(self, rows: Sequence[Any]) -> InspectedBatch:
+        problems, instructions = [], []
+        lengths, texts = np.full((len(rows), len(FIELDS)), -1, np.int32), np.zeros(len(rows), np.uint64)
+        for number, row in enumerate(rows):
+            task, unreadable = read_task(row)
+            if unreadable:
+                problems.append((number, "unreadable", {"text": unreadable}))
+                instructions.append("")
+                continue
+            instructions.append(task["instruction"])
+            fields = [task[field] for field in FIELDS]
+            lengths[number] = [len(text) if text.strip() else 0 for text in fields]
+            plain = "\0".join(" ".join(text.casefold().split()) for text in fields[:2])
+            texts[number] = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest())
+            if self.options.filters:
+                found = row_problems(task, self.options.unicode_dedup)
+                if self.options.ratings is not None:
+                    found += rating_problem(task, self.options.ratings, self.options.min_rating)
+                problems += ((number, kind, {"text": text}) for kind, text in found)
+            for field in FIELDS[1:] if self.evaluation else ():
+                if shared := self.evaluation.shared_words(task[field]):
+                    problems.append((number, EVALUATED_WORDS.format(field), {"text": task[field], **shared}))
+        return InspectedBatch(problems, lengths, texts, number_tokens(instructions, self.options.unicode_dedup))
 
 
 def row_problems(task: Mapping[str, str], unicode_dedup: bool = False) -> list[tuple[str, str]]:
@@ -218,7 +379,40 @@ def rating_problem(
     return []
 
 
-def report_table(report: Mapping[str, Any], examples: int = 3) -> str:
+def inspected_batches(path: str, inspect: RowInspector) -> Iterator[InspectedBatch]:
+    """The rows of a file, inspected BATCH at a time on all cores, in order."""
+    rows = iter_rows(path)
+    batches = iter(lambda: list(itertools.islice(rows, BATCH)), [])
+    if CORES == 1 or not os.path.isfile(path) or os.path.getsize(path) <= ONE_PROCESS:
+        yield from map(inspect, batches)
+        return
+    with ProcessPoolExecutor(CORES, initializer=_start_worker, initargs=(inspect,)) as processes:
+        # A few batches ahead of the one that is waited for, and not the whole file.
+        waiting = deque(processes.submit(_inspect, batch) for batch in itertools.islice(batches, 2 * CORES))
+        with tqdm(unit=" rows", unit_scale=BATCH, delay=5, mininterval=1, desc="rows read") as bar:
+            while waiting:
+                yield waiting.popleft().result()
+                bar.update()
+                waiting.extend(processes.submit(_inspect, batch) for batch in itertools.islice(batches, 1))
+
+
+def _start_worker(inspect: RowInspector) -> None:
+    global _inspect_rows
+    _inspect_rows = inspect
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that reads, and that ends this one
+
+
+def _inspect(rows: Sequence[Any]) -> InspectedBatch:
+    return _inspect_rows(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report.
+
+LENGTHS = ("min", "mean", "median", "p95", "max")
+
+
+def report_table(report: Mapping[str, Any], problems: Mapping[str, Problem]) -> str:
     """The report for people: sizes, a line for each kind of problem, and the first rows of each."""
     lines = [
         f"{report['path']}: {report['rows']:,} rows, {report['bad_rows']:,} of them with a problem "
@@ -229,38 +423,54 @@ def report_table(report: Mapping[str, Any], examples: int = 3) -> str:
     for field, lengths in report["lengths"].items():
         lines.append(f"{field:<14}" + "".join(f"{lengths[name]:>10,}" for name in LENGTHS))
     lines += [f"{report['empty_inputs']:,} inputs are empty (lengths are of the others)", "", "   rows  problem"]
-    for name, entries in report["problems"].items():
-        above = f" (ROUGE-L F1 above {report['threshold']} with an earlier row)" if name == NEAR else ""
-        lines.append(f"{len(entries):>7,}  {name}{above}")
-    for name, entries in report["problems"].items():
-        if entries and examples > 0:
-            lines += ["", f"{name}:"]
-            for entry in entries[:examples]:
-                lines.append(f"  row {entry['row']:,}: {_excerpt(entry['text'])}")
-                if "repeats" in entry:
-                    lines.append(f"    F1 {entry['f1']:.4f} with row {entry['repeats_row']:,}: {entry['repeats']!r}")
-            if len(entries) > examples:
-                lines.append(f"  and {len(entries) - examples:,} more")
+    notes = {
+        NEAR: f" (ROUGE-L F1 above {report['threshold']} with an earlier row)",
+        EVALUATED: f" (ROUGE-L F1 above {report['against_threshold']})",
+    }
+    lines += [f"{problem.count:>7,}  {kind}{notes.get(kind, '')}" for kind, problem in problems.items()]
+    for kind, problem in problems.items():
+        if problem.examples:
+            lines += ["", f"{kind}:"]
+            for entry in problem.examples:
+                lines += [f"  row {entry['row']:,}: {_excerpt(entry['text'])}", *_other_text(entry)]
+            if problem.count > len(problem.examples):
+                lines.append(f"  and {problem.count - len(problem.examples):,} more")
     return "\n".join(lines)
 
 
-LENGTHS = ("min", "mean", "median", "p95", "max")
+def _other_text(entry: Mapping[str, Any]) -> list[str]:
+    """The line that names what a row repeats."""
+    if "words" in entry:
+        what = f"has {_excerpt(entry['words'])} in common with"
+    elif "f1" in entry:
+        what = f"F1 {entry['f1']:.4f} with"
+    else:
+        return []
+    if "repeats" in entry:
+        return [f"    {what} row {entry['repeats_row']:,}: {entry['repeats']!r}"]
+    return [f"    {what} row {entry['against_row']:,} of {entry['against']}: {_excerpt(entry['against_text'])}"]
 
 
-def _lengths(texts: Sequence[str]) -> dict[str, int]:
-    sizes = sorted(len(text) for text in texts if text.strip()) or [0]
-    figures = (
-        sizes[0],
-        statistics.fmean(sizes),
-        statistics.median(sizes),
-        sizes[int(0.95 * (len(sizes) - 1))],
-        sizes[-1],
-    )
-    return dict(zip(LENGTHS, map(round, figures), strict=True))
+def write_report(path: str, report: Mapping[str, Any], problems: Mapping[str, Problem]) -> None:
+    """The report as JSON: the figures, and under `problems` every row of each kind."""
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(report, indent=4, ensure_ascii=False)[:-2] + ',\n    "problems": {')
+        for number, (kind, problem) in enumerate(problems.items()):
+            stream.write(f"{',' if number else ''}\n        {json.dumps(kind, ensure_ascii=False)}: [")
+            problem.file.seek(0)
+            for i, line in enumerate(problem.file):
+                stream.write(f"{',' if i else ''}\n            {line.rstrip()}")
+            stream.write("\n        ]" if problem.count else "]")
+        stream.write("\n    }\n}\n")
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _length_figures(sizes: np.ndarray) -> dict[str, int]:
+    """Figures of the lengths above 0."""
+    sizes = np.sort(sizes[sizes > 0])
+    if not len(sizes):
+        return dict.fromkeys(LENGTHS, 0)
+    figures = sizes[0], sizes.mean(), np.median(sizes), sizes[int(0.95 * (len(sizes) - 1))], sizes[-1]
+    return {name: round(float(figure)) for name, figure in zip(LENGTHS, figures, strict=True)}
 
 
 def _excerpt(text: str, size: int = 100) -> str:

@@ -1,23 +1,32 @@
-"""All pairs of token sequences whose ROUGE-L F1 exceeds a threshold, exact, in about linear time.
+"""All pairs of token sequences whose ROUGE-L F1 exceeds a threshold: exact, in about linear time, on all cores.
 
-Used by rouge_index.py, which turns texts into tokens:
-
-    python benchmarks/bench_dedup.py --data_path alpaca_data.json --sizes 10000,100000,1000000     # full scale
-    python -c "from rouge_index import near_duplicates; print(near_duplicates(['name a city', 'Name a big city']))"
+python generate_instruction.py dedup FILE.jsonl --output UNIQUE.jsonl            # ten million rows: minutes
+python benchmarks/bench_dedup.py --data_path alpaca_data.json --sizes 1000       # one minute
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, NamedTuple
 
 import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
 
-_PART = 1 << 24  # signatures held at a time: about 600 MB with what sorting needs
-_CHUNK = 1 << 22  # pairs looked at in one array operation
-_CODE_POINTS = 0x110000 - 0x800  # what Unicode has without the surrogates
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+_PART = 1 << 22  # signatures that a thread sorts at a time, which takes about 400 MB
+_CHUNK = 1 << 20  # pairs compared in one array operation
+CODE_POINTS = 0x110000  # token numbers below this fit a character of a string
 _MOST_SUBSETS = 4096  # signatures of one sequence
 _MANY = 200_000  # sequences from which on signatures of three tokens pay
+ROW = 0xFFFFFFFF  # the right row of a packed pair
 
 
 def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.ndarray) -> np.ndarray:
@@ -31,12 +40,113 @@ def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.nda
     return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
 
 
-class TooManyMeetings(Exception):
+class TooManyCandidates(Exception):
     """More pairs share a signature than the caller wants to have compared."""
 
 
+class TokenNumbers(NamedTuple):
+    """The tokens of some texts: the distinct ones, each text's as indices into these one after the other, counts."""
+
+    words: list[str]
+    indices: np.ndarray
+    lengths: np.ndarray
+
+
+class TokenStore:
+    """Token sequences of any number, as int32 in a temporary file."""
+
+    def __init__(self):
+        self.numbers: dict[str, int] = {}
+        self._file = tempfile.TemporaryFile()
+        self._lengths: list[np.ndarray] = []
+
+    def append(self, tokens: TokenNumbers) -> None:
+        numbers = [self.numbers.setdefault(word, len(self.numbers)) for word in tokens.words]
+        np.array(numbers, np.int32)[tokens.indices].tofile(self._file)
+        self._lengths.append(tokens.lengths.astype(np.int32))
+
+    def sequences(self) -> "Sequences":
+        """What was appended so far. The store cannot be used any more."""
+        lengths = np.concatenate([np.empty(0, np.int32), *self._lengths])
+        self._file.flush()
+        flat = np.memmap(self._file, np.int32) if lengths.any() else np.empty(0, np.int32)
+        # The most frequent token becomes 0: small numbers make short strings.
+        counts = np.zeros(len(self.numbers), np.int64)
+        pieces = range(0, len(flat), 1 << 24)
+        for start in pieces:
+            counts += np.bincount(flat[start : start + (1 << 24)], minlength=len(counts))
+        ranks = np.empty(len(counts), np.int32)
+        ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts), dtype=np.int32)
+        for start in pieces:
+            flat[start : start + (1 << 24)] = ranks[flat[start : start + (1 << 24)]]
+        return Sequences(flat, lengths)
+
+
+@dataclass
+class Sequences:
+    """flat: int32 token numbers of all sequences, one after the other, 0 the most frequent; lengths: of each."""
+
+    flat: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __post_init__(self):
+        self.ends = np.cumsum(self.lengths, dtype=np.int64)
+        self.starts = self.ends - self.lengths
+        # Each sequence as a string of one character a token, which is what rapidfuzz reads fastest. A sequence with a
+        # number that is no code point is a list; rapidfuzz compares both kinds number by number.
+        self.strings = np.empty(len(self), object)
+        self.bits = np.zeros(len(self), np.uint64)  # a set of 64 classes of tokens
+        first = 0
+        while first < len(self):
+            begin = self.starts[first]
+            after = max(int(np.searchsorted(self.ends, begin + _CHUNK)), first + 1)
+            codes = np.asarray(self.flat[begin : self.ends[after - 1]])
+            text = np.minimum(codes, CODE_POINTS - 1).astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+            starts, ends = ((bounds[first:after] - begin).tolist() for bounds in (self.starts, self.ends))
+            self.strings[first:after] = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+            for place in np.flatnonzero(codes >= CODE_POINTS):
+                row = np.searchsorted(self.ends, begin + place, side="right")
+                self.strings[row] = self.flat[self.starts[row] : self.ends[row]].tolist()
+            filled = first + np.flatnonzero(self.lengths[first:after])
+            classes = np.uint64(1) << (codes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(58))
+            if len(filled):
+                self.bits[filled] = np.bitwise_or.reduceat(classes, self.starts[filled] - begin)
+            first = after
+
+    def matrix(self, rows: np.ndarray, length: int) -> np.ndarray:
+        """The tokens of sequences that all have `length` tokens: (len(rows), length)."""
+        return self.flat[self.starts[rows][:, None] + np.arange(length)]
+
+    def first_copies(self, rows: np.ndarray) -> np.ndarray:
+        """For each of `rows`, which ascend, the first of them with the same tokens. Those without tokens are alone."""
+        first = rows.copy()
+        lengths = self.lengths[rows]
+
+        def mark(length: int) -> None:
+            places = np.flatnonzero(lengths == length)
+            tokens = self.matrix(rows[places], length)
+            order = np.lexsort(tokens.T)
+            tokens = tokens[order]
+            new = np.ones(len(order), bool)
+            new[1:] = (tokens[1:] != tokens[:-1]).any(1)
+            first[places[order]] = rows[places[order]][new][np.cumsum(new) - 1]
+
+        with ThreadPoolExecutor(CORES) as threads:
+            list(threads.map(mark, np.setdiff1d(lengths, [0]).tolist()))
+        return first
+
+    def f1(self, pairs: np.ndarray) -> np.ndarray:
+        """ROUGE-L F1 of packed pairs (left << 32 | right), whose sequences are not empty."""
+        left, right = pairs >> 32, pairs & ROW
+        lcs = process.cpdist(self.strings[left], self.strings[right], scorer=LCSseq.similarity, dtype=np.int32)
+        return f1_scores(lcs, self.lengths[left].astype(np.float64), self.lengths[right].astype(np.float64))
+
+
 class PairSearch:
-    """Finds the pairs of token sequences above a threshold without comparing all with all.
+    """Finds the pairs of sequences above a threshold, 0 <= threshold < 1, without comparing all with all.
 
     Let m <= n be two lengths and c the least common subsequence with F1 = 2c / (m + n) above the threshold. A pair
     that matches has at least c tokens in common, in one order. Sort the tokens of each sequence by their frequency in
@@ -46,49 +156,42 @@ class PairSearch:
     sequences that match share one. Three tokens make chance meetings rare in a million texts, two in fewer; where c is
     smaller, or a prefix so long that it has too many subsets, k is smaller.
 
+    Signatures are split by their hash into temporary files, each of which a thread then sorts and compares by itself.
+
     Made for instructions: among texts of hundreds of tokens, which all share a few of their rarer ones, nearly every
     pair is compared.
-
-    flat: the token numbers of all sequences, one sequence after the other; lengths: how many each has. No two
-    sequences are equal. threshold: 0 <= threshold < 1.
     """
 
-    def __init__(self, flat: np.ndarray, lengths: np.ndarray, threshold: float):
-        self.threshold = threshold
-        self.lengths = lengths
-        self.starts = np.cumsum(lengths) - lengths
-        # Renumbered, the rarest token first.
-        frequency = np.bincount(flat)
-        rank = np.empty(len(frequency), np.int32)
-        rank[np.argsort(frequency, kind="stable")] = np.arange(len(frequency), dtype=np.int32)
-        self.flat = rank[flat]
+    def __init__(self, sequences: Sequences, threshold: float):
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold is an F1 that must be exceeded, 0 <= threshold < 1; got {threshold}")
+        self.sequences, self.threshold = sequences, threshold
         # What follows depends on lengths alone; a sequence carries the number of its length among the distinct ones.
-        self.sizes, self.size_of = np.unique(lengths, return_inverse=True)
+        self.sizes = np.flatnonzero(np.bincount(sequences.lengths))
+        self.size_of = np.searchsorted(self.sizes, sequences.lengths).astype(np.int32)
         shorter, longer = self.sizes[:, None], self.sizes[None, :]
         # Rounded down with a margin: where float error might decide, the pair is compared.
         self.least = np.maximum(np.floor(threshold * (shorter + longer) / 2 - 1e-9).astype(np.int64) + 1, 1)
         self.possible = (shorter <= longer) & (self.least <= shorter)
 
-    def pairs(
-        self, rows: np.ndarray, others: np.ndarray | None = None, most: float = math.inf
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pairs of distinct texts above the threshold, within `rows` or between `rows` and `others`: left, right, F1.
+    def pairs(self, rows: np.ndarray, others: np.ndarray | None = None, most: float = math.inf) -> np.ndarray:
+        """Pairs above the threshold within `rows`, or between `rows` and `others`: int64 left << 32 | right, ascending.
 
-        Without `others`, left < right; with them, left is one of `rows`. Each pair comes once, sorted. Raises
-        TooManyMeetings before it compares more than about `most` pairs.
+        Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
+        TooManyCandidates before it compares more than about `most` pairs.
         """
+        sides = [rows] if others is None else [rows, others]
+        k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
         found = [np.empty(0, np.int64)]
-        k_of = np.minimum(self.least, self._subset_size(len(rows) + len(rows if others is None else others))[:, None])
-        for k in range(1, 4):
-            eligible = self.possible & (k_of == k)
-            if not eligible.any():
-                continue
-            for candidates in self._candidates(rows, others, k, eligible, most):
-                left, right = candidates >> 32, candidates & 0xFFFFFFFF
-                found.append(candidates[self._f1(left, right) > self.threshold])
-        found = np.unique(np.concatenate(found))
-        left, right = found >> 32, found & 0xFFFFFFFF
-        return left, right, self._f1(left, right)
+        with ThreadPoolExecutor(CORES) as threads:
+            for k in range(1, 4):
+                eligible = self.possible & (k_of == k)
+                if eligible.any():
+                    signatures = _Signatures(self, k, eligible)
+                    parts = signatures.write(sides, threads)
+                    compare = functools.partial(self._matches, signatures, len(sides) == 2, most / max(len(parts), 1))
+                    found += threads.map(compare, parts)
+        return distinct(np.concatenate(found))
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
         """k for each distinct length of the shorter text, as far as the longest partner's prefix has few k-subsets."""
@@ -98,77 +201,125 @@ class PairSearch:
             k_of[[math.comb(int(prefix), k) <= _MOST_SUBSETS for prefix in excess + k]] = k
         return k_of
 
-    def _candidates(self, rows, others, k, eligible, most) -> Iterator[np.ndarray]:
-        """Pairs of rows that share a signature of k tokens, as left << 32 | right, unique within each array."""
-        m, n = self.sizes[:, None], self.sizes[None, :]
+    def _matches(self, signatures: "_Signatures", between: bool, most: float, part: IO[bytes]) -> np.ndarray:
+        """The pairs above the threshold that share a signature of this part."""
+        found = [np.empty(0, np.int64)]
+        for pairs in signatures.candidates(part, between, most):
+            pairs = pairs[self._may_match(pairs)]
+            found.append(pairs[self.sequences.f1(pairs) > self.threshold])
+        return distinct(np.concatenate(found))
+
+    def _may_match(self, pairs: np.ndarray) -> np.ndarray:
+        """False where the one has so many classes of tokens which the other lacks that too few can be common."""
+        left, right = pairs >> 32, pairs & ROW
+        bits, other_bits = self.sequences.bits[left], self.sequences.bits[right]
+        length, other_length = self.sequences.lengths[left], self.sequences.lengths[right]
+        size, other_size = self.size_of[left], self.size_of[right]
+        least = self.least[size, other_size]  # symmetric
+        common = np.minimum(
+            length - np.bitwise_count(bits & ~other_bits), other_length - np.bitwise_count(other_bits & ~bits)
+        )
+        return common >= least
+
+
+class _Signatures:
+    """The signatures of k tokens of those pairs of lengths that `eligible` marks.
+
+    A key is 47 bits of hash, 1 of side and 16 of the length's number, so that sorted keys bring those that match
+    together, the shorter text first.
+    """
+
+    ENTRY = np.dtype([("key", np.uint64), ("row", np.int32), ("last", np.int32)])
+
+    def __init__(self, search: PairSearch, k: int, eligible: np.ndarray):
+        self.search, self.k = search, k
+        m, n = search.sizes[:, None], search.sizes[None, :]
         # The last place in its prefix that a signature may use: of the shorter and of the longer text of a pair.
-        of_shorter = np.where(eligible, m - self.least + k - 1, -1)
-        of_longer = np.where(eligible, n - self.least + k - 1, -1)
-        prefix = np.maximum(of_shorter.max(1), of_longer.max(0)) + 1
+        of_shorter = np.where(eligible, m - search.least + k - 1, -1)
+        self.of_longer = np.where(eligible, n - search.least + k - 1, -1)
+        self.prefix = np.maximum(of_shorter.max(1), self.of_longer.max(0)) + 1
         # The greatest length (as its number) that a shorter text with a signature that ends at this place can match.
-        partner = np.full((len(self.sizes), int(prefix.max(initial=0)) + 1), -1)
+        self.partner = np.full((len(search.sizes), int(self.prefix.max(initial=0)) + 1), -1)
         for size in np.flatnonzero(eligible.any(1)):
             last = np.arange(of_shorter[size].max() + 1)
             allowed = of_shorter[size][:, None] >= last
-            partner[size, last] = len(self.sizes) - 1 - np.argmax(allowed[::-1], axis=0)
+            self.partner[size, last] = len(search.sizes) - 1 - np.argmax(allowed[::-1], axis=0)
+        # All k-subsets of a prefix, ascending within each.
+        self.subsets = {
+            p: np.array(list(itertools.combinations(range(p), k)), np.intp) for p in set(self.prefix.tolist()) if p >= k
+        }
 
-        sides = [rows] if others is None else [rows, others]
-        combinations = {p: _subsets(int(p), k) for p in np.unique(prefix) if p >= k}
-        total = sum(
-            len(combinations[p]) * int(np.isin(self.size_of[side], np.flatnonzero(prefix == p)).sum())
-            for p in combinations
-            for side in sides
-        )
-        parts = -(-total // _PART)
-        for part in range(parts):
-            blocks = [
-                block
-                for side, members in enumerate(sides)
-                for block in self._signatures(members, side, k, prefix, combinations, part, parts)
-            ]
-            keys, owners, lasts = (np.concatenate(columns) for columns in zip(*blocks, strict=True))
-            del blocks
-            order = np.argsort(keys)
-            keys, owners, lasts = keys[order], owners[order], lasts[order]
-            del order
-            yield from self._meetings(keys, owners, lasts, partner, of_longer, others is not None, most / parts)
+    def write(self, sides: Sequence[np.ndarray], threads: ThreadPoolExecutor) -> list[IO[bytes]]:
+        """Temporary files of entries, split by hash; an entry is a signature with its row and its last place."""
+        jobs, total = [], 0
+        for side, rows in enumerate(sides):
+            size_of = self.search.size_of[rows]
+            order = np.argsort(size_of, kind="stable")
+            bounds = np.searchsorted(size_of, np.arange(len(self.prefix) + 1), sorter=order)
+            for size, prefix in enumerate(self.prefix.tolist()):
+                members = rows[order[bounds[size] : bounds[size + 1]]]
+                if prefix in self.subsets and len(members):
+                    number = len(self.subsets[prefix])
+                    total += number * len(members)
+                    step = max(1, _CHUNK // number)
+                    jobs += [(members[i : i + step], side, size) for i in range(0, len(members), step)]
+        parts = [tempfile.TemporaryFile() for _ in range(-(-total // _PART))]
+        lock = threading.Lock()
 
-    def _signatures(self, rows, side, k, prefix, combinations, part, parts):
-        """Yields keys, their rows and their last places. A key is 47 bits of hash, 1 of side, 16 of length number."""
-        for size in np.unique(self.size_of[rows]):
-            if prefix[size] < k:
-                continue
-            members, length = rows[self.size_of[rows] == size], int(self.sizes[size])
-            subsets = combinations[prefix[size]]
-            step = max(1, (1 << 20) // len(subsets))
-            for first in range(0, len(members), step):
-                some = members[first : first + step]
-                tokens = self.flat[self.starts[some][:, None] + np.arange(length)]
-                place = np.argsort(tokens, axis=1, kind="stable")[:, : prefix[size]]
-                packed = place << 32 | np.take_along_axis(tokens, place, axis=1)
-                chosen = [packed[:, column] for column in subsets.T]
-                # Into the order of the text: a sorting network over two or three arrays.
-                for end in range(k - 1, 0, -1):
-                    for i in range(end):
-                        low, high = np.minimum(chosen[i], chosen[i + 1]), np.maximum(chosen[i], chosen[i + 1])
-                        chosen[i], chosen[i + 1] = low, high
-                key = np.zeros(chosen[0].shape, np.uint64)
-                for token in chosen:
-                    key = (key ^ (token & 0xFFFFFFFF).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-                    key ^= key >> np.uint64(29)
-                key = key.ravel()
-                owner = np.repeat(some.astype(np.int32), len(subsets))
-                last = np.tile(subsets[:, -1].astype(np.int32), len(some))
-                if parts > 1:
-                    mine = (key >> np.uint64(32)) % np.uint64(parts) == part
-                    key, owner, last = key[mine], owner[mine], last[mine]
-                key = key & np.uint64(0xFFFFFFFFFFFE0000) | np.uint64(side << 16 | int(size))
-                yield key, owner, last
+        def write(job: tuple[np.ndarray, int, int]) -> None:
+            entries = self._entries(*job)
+            part_of = ((entries["key"] >> np.uint64(32)) % np.uint64(len(parts))).astype(np.uint16)
+            entries = entries[np.argsort(part_of, kind="stable")]
+            ends = np.cumsum(np.bincount(part_of, minlength=len(parts))).tolist()
+            with lock:
+                for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+                    part.write(entries[start:end])
 
-    def _meetings(self, keys, owners, lasts, partner, of_longer, between, most) -> Iterator[np.ndarray]:
-        """Pairs of entries with one hash whose lengths and places allow a match; the shorter looks for the longer."""
-        size = self.size_of[owners]
-        reach = partner[size, lasts]
+        list(threads.map(write, jobs))
+        return parts
+
+    def _entries(self, rows: np.ndarray, side: int, size: int) -> np.ndarray:
+        """The entries of rows of one length."""
+        prefix = int(self.prefix[size])
+        subsets = self.subsets[prefix]
+        tokens = self.search.sequences.matrix(rows, int(self.search.sizes[size]))
+        place = np.argsort(-tokens, axis=1, kind="stable")[:, :prefix]
+        packed = place << 32 | np.take_along_axis(tokens, place, axis=1)
+        chosen = [packed[:, column] for column in subsets.T]
+        # Into the order of the text: a sorting network over two or three arrays.
+        for end in range(self.k - 1, 0, -1):
+            for i in range(end):
+                low, high = np.minimum(chosen[i], chosen[i + 1]), np.maximum(chosen[i], chosen[i + 1])
+                chosen[i], chosen[i + 1] = low, high
+        key = np.zeros(chosen[0].shape, np.uint64)
+        for token in chosen:
+            key = (key ^ (token & ROW).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+            key ^= key >> np.uint64(29)
+        entries = np.empty(key.shape, self.ENTRY)
+        entries["key"] = key & np.uint64(0xFFFFFFFFFFFE0000) | np.uint64(side << 16 | size)
+        entries["row"] = rows[:, None]
+        entries["last"] = subsets[:, -1]
+        return entries.ravel()
+
+    def candidates(self, part: IO[bytes], between: bool, most: float) -> Iterator[np.ndarray]:
+        """Packed pairs of rows with one hash whose lengths and places allow a match; the shorter looks for the longer.
+
+        Each array is distinct. The file is closed.
+        """
+        part.seek(0)
+        entries = np.fromfile(part, self.ENTRY)
+        part.close()
+        # Most signatures stand alone and go. To find them, the hashes are sorted with the place in the low bits, which
+        # takes a fifth of the time of argsort.
+        low = np.uint64((1 << max(len(entries).bit_length(), 17)) - 1)
+        hashes = np.sort(entries["key"] & ~low | np.arange(len(entries), dtype=np.uint64))
+        new = np.diff(hashes & ~low, prepend=~hashes[:1]) != 0
+        order = (hashes[~(new & np.append(new[1:], True))] & low).astype(np.int64)
+        order = order[np.argsort(entries["key"][order])]
+        keys, rows, lasts = (entries[field][order] for field in self.ENTRY.names)
+        del entries, order, hashes, new
+        size = self.search.size_of[rows]
+        reach = self.partner[size, lasts]
         seekers = np.flatnonzero(reach >= 0)
         reach = reach[seekers].astype(np.uint64)
         if between:
@@ -186,7 +337,7 @@ class PairSearch:
         counts = np.maximum(stop - start, 0)
         ends = np.cumsum(counts)
         if counts.sum() > most:
-            raise TooManyMeetings
+            raise TooManyCandidates
         first = 0
         while first < len(seekers):
             done = ends[first - 1] if first else 0
@@ -194,45 +345,19 @@ class PairSearch:
             n = counts[first:after]
             p = np.repeat(seekers[first:after], n)
             q = np.repeat(start[first:after] - (ends[first:after] - n - done), n) + np.arange(len(p))
-            fits = lasts[q] <= of_longer[size[p], size[q]]
-            a, b = owners[p[fits]].astype(np.int64), owners[q[fits]].astype(np.int64)
-            if between:
-                swap = (keys[p[fits]] & np.uint64(1 << 16)) > 0
-                left, right = np.where(swap, b, a), np.where(swap, a, b)
-            else:
-                left, right = np.minimum(a, b), np.maximum(a, b)
-            yield np.unique((left << 32 | right)[left != right])
+            fits = lasts[q] <= self.of_longer[size[p], size[q]]
+            p, q = p[fits], q[fits]
+            left, right = rows[p].astype(np.int64), rows[q].astype(np.int64)
+            # Between two sides the first side is left, else the lower row.
+            swap = (keys[p] & np.uint64(1 << 16)) > 0 if between else left > right
+            left[swap], right[swap] = right[swap], left[swap]
+            yield distinct((left << 32 | right)[left != right])
             first = after
 
-    def _f1(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        from rapidfuzz import process
-        from rapidfuzz.distance import LCSseq
 
-        lengths = self.lengths[left].astype(np.float64), self.lengths[right].astype(np.float64)
-        lcs = process.cpdist(self._strings[left], self._strings[right], scorer=LCSseq.similarity, dtype=np.int32)
-        scores = f1_scores(lcs, *lengths)
-        if self.flat.max(initial=0) >= _CODE_POINTS:
-            # Tokens that share a code point can only add to the common subsequence: what is below the threshold stays
-            # below, and the rest is measured on the numbers themselves.
-            for i in np.flatnonzero(scores > self.threshold):
-                lcs[i] = LCSseq.similarity(self._numbers(left[i]), self._numbers(right[i]))
-            scores = f1_scores(lcs, *lengths)
-        return scores
-
-    def _numbers(self, row: int) -> list[int]:
-        return self.flat[self.starts[row] : self.starts[row] + self.lengths[row]].tolist()
-
-    @functools.cached_property
-    def _strings(self) -> np.ndarray:
-        """Each sequence as a string with one code point per token, which is what rapidfuzz reads fastest."""
-        strings = np.empty(len(self.lengths), object)
-        codes = self.flat % _CODE_POINTS
-        codes += np.where(codes >= 0xD800, 0x800, 0).astype(np.int32)  # surrogates are no characters
-        for i, (start, length) in enumerate(zip(self.starts.tolist(), self.lengths.tolist(), strict=True)):
-            strings[i] = codes[start : start + length].astype("<u4").tobytes().decode("utf-32-le")
-        return strings
-
-
-def _subsets(size: int, k: int) -> np.ndarray:
-    """All k-subsets of range(size), ascending within each: (number, k)."""
-    return np.array(list(itertools.combinations(range(size), k)), np.intp).reshape(-1, k)
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The distinct values, ascending. Sorting is faster than the hashing of np.unique."""
+    values = np.sort(values)
+    new = np.ones(len(values), bool)
+    new[1:] = values[1:] != values[:-1]
+    return values[new]

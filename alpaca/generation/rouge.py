@@ -1,27 +1,35 @@
-"""Exact ROUGE-L F1 of instructions against a growing pool, and all near duplicates of a whole file.
+"""Exact ROUGE-L F1 of instructions: one text against a growing pool, and the near duplicates of a whole file.
 
-    python benchmarks/bench_dedup.py --data_path alpaca_data.json                       # 52,002 instructions, measured
-    python -c "from rouge_index import RougeLIndex; print(RougeLIndex(['name a big city']).scores('Name a city.'))"
+    python benchmarks/bench_dedup.py --data_path alpaca_data.json                       # measured
+    python -c "from alpaca.generation.rouge import RougeLIndex; print(RougeLIndex(['name a city']).scores('Name it'))"
 
 The figures are those of rouge_score without stemming, bit for bit, and so are its tokens: runs of [a-z0-9].
-
-What was measured for one candidate against the 52,002 released instructions, in milliseconds of one core (AMD EPYC): a
-loop over rouge_score 800 to 1,700; rapidfuzz's `cdist` 4.4 for one query, nearly all of it spent on converting the pool
-again, and 0.75 a query in blocks of 16; a numba kernel 1.2; the numpy kernel 0.9, and 1.0 with all that `scores` does.
-It needs no compiler and no block of queries, so it is the one that stayed. Texts of more than 64 tokens do not fit its
-machine words and go to rapidfuzz.
 """
 
 import itertools
 import math
 import re
 import unicodedata
-from array import array
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
 
-from alpaca.generation.pair_search import PairSearch, TooManyMeetings, f1_scores
+from alpaca.generation.pair_search import (
+    CODE_POINTS,
+    CORES,
+    ROW,
+    PairSearch,
+    Sequences,
+    TokenNumbers,
+    TokenStore,
+    TooManyCandidates,
+    f1_scores,
+)
 
 SHORT = 64  # tokens that fit the bits of one machine word
 
@@ -29,10 +37,13 @@ SHORT = 64  # tokens that fit the bits of one machine word
 # Tokens.
 
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
+_ASCII_WORD = bytes(ord(chr(code).lower()) if chr(code).isalnum() else 32 for code in range(128)) + bytes(128)
 
 
 def rouge_tokens(text: str) -> list[str]:
     """The tokens of rouge_score's default tokenizer without stemming: lower case, runs of a-z and 0-9."""
+    if text.isascii():
+        return text.encode().translate(_ASCII_WORD).decode().split()
     return _NOT_WORD.sub(" ", text.lower()).split()
 
 
@@ -73,100 +84,96 @@ def unicode_tokens(text: str) -> list[str]:
     return folded.translate(_UNICODE_TABLE).split()
 
 
-def _plain_text(text: str) -> str:
-    """What is compared where a text has no token at all: its characters, without case and spacing."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+def comparison_tokens(text: str, unicode_dedup: bool = False) -> list[str]:
+    """What is compared of an instruction: its tokens, or where it has none all of it as one token that no word equals.
+
+    So identical Chinese instructions are duplicates without `unicode_dedup`, and blank texts resemble nothing.
+    """
+    if tokens := unicode_tokens(text) if unicode_dedup else rouge_tokens(text):
+        return tokens
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return [f" {plain}"] if plain else []
+
+
+def number_tokens(texts: Iterable[str], unicode_dedup: bool = False) -> TokenNumbers:
+    """The `comparison_tokens` of texts, for a TokenStore."""
+    numbers: defaultdict[str, int] = defaultdict(lambda: len(numbers))
+    rows = [[numbers[token] for token in comparison_tokens(text, unicode_dedup)] for text in texts]
+    lengths = np.fromiter(map(len, rows), np.int32, len(rows))
+    indices = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
+    return TokenNumbers(list(numbers), indices, lengths)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One candidate against a pool.
 
+_BLOCK = 1 << 16  # instructions scored together
+_FRESH = 1024  # newcomers that rapidfuzz scores until they are sorted into a block
+_ALONE = 1 << 17  # instructions up to which one core is faster than several
+
 
 class RougeLIndex:
     """ROUGE-L F1 of a text against every instruction of a pool that grows.
 
-    The pool's token numbers are kept column by column: column j holds token j of every instruction longer than j,
-    longest first, so that each column is a prefix of the one before. A candidate of m tokens sets bit i of
-    `masks[token i]`; one step of the bit-parallel recurrence for the longest common subsequence (Crochemore et al.
-    2001, in Hyyrö's form of 2004) is then four array operations on a column. Newcomers collect in a padded table of
-    the same kind, which is sorted in when it is full.
-
     unicode_dedup: tokens of any script. Without it only [a-z0-9] counts, as in rouge_score; there, texts without any
     token score 1.0 when they are equal after Unicode normalisation, and 0.0 otherwise.
+
+    The pool lies in blocks, see `_Block`. Newcomers and texts of more than SHORT tokens are compared by rapidfuzz.
     """
 
     def __init__(self, instructions: Iterable[str] = (), unicode_dedup: bool = False):
-        self._tokens = unicode_tokens if unicode_dedup else rouge_tokens
-        self._numbers: dict[str, int] = {}  # token -> its row in the masks; row 0 is padding
-        self._texts: list[str] = []
-        self._ids: list[array] = []
+        self.texts: list[str] = []  # in order of adding
+        self._unicode = unicode_dedup
+        self._numbers: dict[str, int] = {}
+        self._rows: list[str | list[int]] = []  # token numbers, as a string where they are code points
         self._long: list[int] = []  # instructions of more than SHORT tokens
-        self._plain: dict[str, list[int]] = {}  # instructions without a token, by their plain text
+        self._blocks: list[_Block] = []
+        self._in_blocks = 0  # how many instructions the blocks hold
         self._tables: dict[int, np.ndarray] = {}
+        self._threads = ThreadPoolExecutor(CORES)
+        # Memory that is used again: fresh megabytes from the system take longer than the work in them.
+        self._scratch = [np.empty(_BLOCK * (SHORT + 3), np.uint64) for _ in range(CORES)]
         for text in instructions:
             self._append(text)
-        self._sort_in()
+            if len(self) % _BLOCK == 0:
+                self._fill_block()
+        if len(self) > self._in_blocks:
+            self._fill_block()
 
     def __len__(self) -> int:
-        return len(self._texts)
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """The pool, in the order in which it was added."""
-        return self._texts
+        return len(self.texts)
 
     def add(self, text: str) -> None:
         """Puts `text` at the end of the pool."""
-        ids = self._append(text)
-        if len(self) - self._sorted > self._recent.shape[1]:
-            self._sort_in()
-        elif len(ids) <= SHORT:
-            column = len(self) - 1 - self._sorted
-            self._recent[: len(ids), column] = ids
-            self._recent_lengths[column] = len(ids)
-            self._recent_height = max(self._recent_height, len(ids))
+        self._append(text)
+        if len(self) - self._in_blocks >= _FRESH or len(self) % _BLOCK == 0:
+            self._fill_block()
 
     def scores(self, text: str) -> np.ndarray:
         """F1 of `text` against each instruction of the pool: float64 of shape (len(self),), in order of adding."""
-        tokens = self._tokens(text)
+        # Tokens that the pool does not know are 0: they count in the length and match nothing.
+        numbers = [self._numbers.get(token, 0) for token in comparison_tokens(text, self._unicode)]
         result = np.zeros(len(self))
-        if not tokens:
-            result[self._plain.get(_plain_text(text), [])] = 1.0
-            return result
-        m = len(tokens)
-        # Tokens that the pool does not know count in m and match nothing.
-        numbers = [self._numbers.get(token, 0) for token in tokens]
-        if m > SHORT:
+        if len(numbers) > SHORT:
             self._score_with_rapidfuzz(numbers, range(len(self)), result)
-            return result
+        elif numbers:
+            masks: dict[int, int] = {}
+            for i, number in enumerate(numbers):
+                masks[number] = masks.get(number, 0) | 1 << i
+            masks.pop(0, None)
+            table = self._f1_table(len(numbers))
 
-        word = np.uint16 if m <= 16 else np.uint32 if m <= 32 else np.uint64  # the narrowest is the fastest
-        masks = np.zeros(len(self._numbers) + 1, word)
-        for i, number in enumerate(numbers):
-            masks[number] |= word(1 << i)
-        masks[0] = 0
-        if m not in self._tables:
-            lengths = np.arange(SHORT + 1)
-            table = np.zeros((m + 1, SHORT + 1))
-            table[:, 1:] = f1_scores(np.arange(m + 1)[:, None], np.float64(m), lengths[None, 1:])
-            self._tables[m] = table.ravel()
-        table = self._tables[m]
+            def score(worker: int, workers: int) -> None:
+                for block in self._blocks[worker::workers]:
+                    scores = result[block.first : block.first + len(block)]
+                    block.score(masks, len(numbers), table, scores, self._scratch[worker])
 
-        lcs = _common_subsequences(masks, m, self._columns, self._counts, self._sorted)
-        result[: self._sorted] = table.take(lcs * (SHORT + 1) + self._sorted_lengths).take(self._rank)
-        fresh = len(self) - self._sorted
-        if fresh:
-            height = self._recent_height
-            columns = self._recent[:height, :fresh].ravel()
-            lcs = _common_subsequences(masks, m, columns, [fresh] * height, fresh)
-            result[self._sorted :] = table.take(lcs * (SHORT + 1) + self._recent_lengths[:fresh])
-        if self._long:
-            self._score_with_rapidfuzz(numbers, self._long, result)
+            if len(self) <= _ALONE:
+                score(0, 1)
+            else:
+                list(self._threads.map(score, range(CORES), [CORES] * CORES))
+            self._score_with_rapidfuzz(numbers, [*self._long, *range(self._in_blocks, len(self))], result)
         return result
-
-    def scores_many(self, texts: Sequence[str]) -> np.ndarray:
-        """F1 of each of `texts` against each instruction of the pool: float64 of shape (len(texts), len(self))."""
-        return np.array([self.scores(text) for text in texts]).reshape(len(texts), len(self))
 
     def top(self, text: str, k: int, scores: np.ndarray | None = None) -> list[tuple[str, float]]:
         """The `k` most similar instructions with their F1, best first; equal ones in order of adding.
@@ -178,170 +185,194 @@ class RougeLIndex:
         k = min(k, len(scores))
         if k < 1:
             return []
-        least = np.partition(scores, len(scores) - k)[len(scores) - k]
-        enough = np.flatnonzero(scores >= least)
-        best = enough[np.argsort(-scores[enough], kind="stable")[:k]]
-        return [(self._texts[i], float(scores[i])) for i in best]
+        places = np.arange(len(scores))
+        if len(scores) >= 64 * k:
+            # The k-th best of these maxima is at most the k-th best of all, and takes a 64th of the time.
+            maxima = scores[: len(scores) // 64 * 64].reshape(64, -1).max(0)
+            places = np.flatnonzero(scores >= np.partition(maxima, len(maxima) - k)[len(maxima) - k])
+        values = scores[places]
+        least = np.partition(values, len(values) - k)[len(values) - k]
+        better = places[values > least]
+        best = [*better[np.argsort(-scores[better], kind="stable")], *places[values == least][: k - len(better)]]
+        return [(self.texts[i], float(scores[i])) for i in best]
 
-    def near_duplicates(self, threshold: float = 0.7) -> list[tuple[int, int, float]]:
-        """Every pair of the pool with F1 above `threshold`; see the function of this name."""
-        return near_duplicates(self._texts, threshold, self._tokens is unicode_tokens)
+    def _append(self, text: str) -> None:
+        tokens = comparison_tokens(text, self._unicode)
+        numbers = [self._numbers.setdefault(token, len(self._numbers) + 1) for token in tokens]
+        if len(numbers) > SHORT:
+            self._long.append(len(self))
+        self._rows.append("".join(map(chr, numbers)) if max(numbers, default=0) < CODE_POINTS else numbers)
+        self.texts.append(text)
 
-    def _append(self, text: str) -> array:
-        tokens = self._tokens(text)
-        ids = array("q", [self._numbers.setdefault(token, len(self._numbers) + 1) for token in tokens])
-        if not tokens and (plain := _plain_text(text)):
-            self._plain.setdefault(plain, []).append(len(self._texts))
-        if len(ids) > SHORT:
-            self._long.append(len(self._texts))
-        self._texts.append(text)
-        self._ids.append(ids)
-        return ids
+    def _fill_block(self) -> None:
+        """Sorts the newcomers into the last block, or begins one where that is full."""
+        if self._blocks and len(self._blocks[-1]) < _BLOCK:
+            self._blocks.pop()
+        first = len(self._blocks) * _BLOCK
+        self._blocks.append(_Block(first, self._rows[first:]))
+        self._in_blocks = len(self)
 
-    def _sort_in(self) -> None:
-        self._sorted = len(self)
-        # Long instructions stand here as empty ones.
-        short = [ids if len(ids) <= SHORT else () for ids in self._ids]
-        lengths = np.fromiter(map(len, short), np.int64, len(short))
-        flat = np.fromiter(itertools.chain.from_iterable(short), np.int64, int(lengths.sum()))
-        starts = np.cumsum(lengths) - lengths
-        order = np.argsort(-lengths, kind="stable")
-        self._rank = np.argsort(order)  # where each instruction stands in the columns
-        self._sorted_lengths = lengths[order]
-        self._counts = [int((lengths > j).sum()) for j in range(int(lengths.max(initial=0)))]
-        starts = starts[order]
-        self._columns = np.concatenate([flat[starts[:n] + j] for j, n in enumerate(self._counts)] or [flat])
-        # Sorting costs as much as some forty candidates; room for an eighth of the pool makes it vanish.
-        room = max(1024, len(self) // 8)
-        self._recent = np.zeros((SHORT, room), np.int64)
-        self._recent_lengths = np.zeros(room, np.int64)
-        self._recent_height = 0
+    def _f1_table(self, m: int) -> np.ndarray:
+        """F1 of a candidate of `m` tokens, at (SHORT + 1) * instruction's length + longest common subsequence."""
+        if m not in self._tables:
+            numbers = np.arange(SHORT + 1)
+            table = np.zeros((SHORT + 1, SHORT + 1))
+            table[1:] = f1_scores(numbers, np.float64(m), numbers[1:, None])
+            self._tables[m] = table.ravel()
+        return self._tables[m]
 
     def _score_with_rapidfuzz(self, numbers: list[int], rows: Sequence[int], result: np.ndarray) -> None:
-        from rapidfuzz import process
-        from rapidfuzz.distance import LCSseq
-
-        rows = [row for row in rows if self._ids[row]]
-        # Tokens that the pool does not know are 0 here, which no instruction holds.
-        query, pool = array("q", numbers), [self._ids[row] for row in rows]
-        lcs = process.cdist([query], pool, scorer=LCSseq.similarity, dtype=np.int32)[0]
-        result[rows] = f1_scores(lcs, np.float64(len(numbers)), np.array([len(ids) for ids in pool], np.float64))
+        rows = [row for row in rows if self._rows[row]]
+        pool = [self._rows[row] for row in rows]
+        lcs = process.cdist([numbers], pool, scorer=LCSseq.similarity, dtype=np.int32)[0]
+        result[rows] = f1_scores(lcs, np.float64(len(numbers)), np.fromiter(map(len, pool), np.float64, len(pool)))
 
 
-def _common_subsequences(masks, m, columns, counts, size) -> np.ndarray:
-    """Length of the longest common subsequence of the masked candidate and each of `size` column-wise instructions.
+class _Block:
+    """Up to _BLOCK instructions, laid out for the bit-parallel longest common subsequence.
 
-    masks: (vocabulary,) unsigned words of at least `m` bits; columns: token numbers, column after column; counts: how
-    many instructions each column holds, never growing.
+    Column j holds token j of every instruction longer than j, longest first, so that each column is a prefix of the
+    one before. A candidate of m tokens sets bit i wherever its token i stands; one step of the recurrence (Crochemore
+    et al. 2001, in Hyyrö's form of 2004) is then four array operations on a column. Instructions of more than SHORT
+    tokens stand here as empty ones.
+
+    first: the number of the first instruction in the pool.
     """
-    word = masks.dtype.type
-    matches = masks.take(columns)
-    every_bit = word((1 << m) - 1)
-    unmatched = np.full(size, every_bit, word)
-    sums = np.empty(size, word)
-    start = 0
-    for n in counts:
-        rows, hit, total = unmatched[:n], matches[start : start + n], sums[:n]
-        np.bitwise_and(rows, hit, out=hit)
-        np.add(rows, hit, out=total)  # the carry out of the word is not needed
-        np.subtract(rows, hit, out=rows)
-        np.bitwise_or(rows, total, out=rows)
-        start += n
-    return m - np.bitwise_count(unmatched & every_bit).astype(np.intp)
+
+    def __init__(self, first: int, rows: Sequence[str | list[int]]):
+        self.first = first
+        rows = [row if len(row) <= SHORT else "" for row in rows]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        if all(isinstance(row, str) for row in rows):
+            flat = np.frombuffer("".join(rows).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+        else:
+            flat = np.array([token if isinstance(token, int) else ord(token) for row in rows for token in row])
+        order = np.argsort(-lengths, kind="stable")
+        starts = (np.cumsum(lengths) - lengths)[order]
+        self._rank = np.argsort(order)  # where each instruction stands in a column
+        # Where the row of each instruction begins in `_f1_table`.
+        self._table_rows = lengths * (SHORT + 1)
+        self._counts = [int((lengths > j).sum()) for j in range(int(lengths.max()))]
+        columns = np.concatenate([flat[:0], *(flat[starts[:n] + j] for j, n in enumerate(self._counts))])
+        self._places = np.argsort(columns, kind="stable")  # where each token stands, token by token
+        self._tokens, self._starts = np.unique(columns[self._places], return_index=True)
+        self._starts = np.append(self._starts, len(columns))
+
+    def __len__(self) -> int:
+        return len(self._rank)
+
+    def score(
+        self, masks: Mapping[int, int], m: int, table: np.ndarray, scores: np.ndarray, scratch: np.ndarray
+    ) -> None:
+        """Writes the F1 of a candidate of `m` tokens with each instruction into `scores`.
+
+        masks: token -> the bits of its places in the candidate; table: of `_f1_table`; scratch: memory to work in.
+        """
+        word = next(kind for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if m <= 8 * kind(0).itemsize)
+        every_bit = word((1 << m) - 1)
+        places, words = scratch[: len(self)].view(np.int64), scratch[len(self) :].view(word)
+        unmatched, sums, matches = np.split(words[: 2 * len(self) + len(self._places)], [len(self), 2 * len(self)])
+        unmatched.fill(every_bit)
+        matches.fill(0)
+        wanted = np.searchsorted(self._tokens, list(masks))
+        for token, mask, i in zip(masks, masks.values(), wanted.tolist(), strict=True):
+            if i < len(self._tokens) and self._tokens[i] == token:
+                matches[self._places[self._starts[i] : self._starts[i + 1]]] = word(mask)
+        start = 0
+        for n in self._counts:
+            rows, hit, total = unmatched[:n], matches[start : start + n], sums[:n]
+            np.bitwise_and(rows, hit, out=hit)
+            np.add(rows, hit, out=total)  # the carry out of the word is not needed
+            np.subtract(rows, hit, out=rows)
+            np.bitwise_or(rows, total, out=rows)
+            start += n
+        lcs = np.uint8(m) - np.bitwise_count(np.bitwise_and(unmatched, every_bit, out=unmatched)).take(self._rank)
+        np.add(lcs, self._table_rows, out=places)
+        table.take(places, out=scores, mode="clip")  # without a mode numpy writes into memory of its own first
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# All near duplicates of a file.
+# The near duplicates of a whole file.
 
-_MEETINGS = 100  # pairs a row that `first_repeats` compares at once; ordinary files have ten to thirty
-_LEAF = 4096  # rows below which it compares however many there are
+_LEAF = 4096  # rows below which `first_repeats` compares however many pairs there are
+_CANDIDATES = 100  # pairs a row that it compares at once; ordinary files have ten to thirty
 
 
-def near_duplicates(
-    texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False
-) -> list[tuple[int, int, float]]:
-    """Every pair of rows with F1 above `threshold`, as (i, j, F1) with i < j, sorted. Exact.
+class Matches(NamedTuple):
+    """Rows that resemble another one: rows[i], ascending, and others[i] have the ROUGE-L F1 scores[i]."""
 
-    The list holds all pairs of a cluster, so that a thousand copies of one text give half a million; `first_repeats`
-    names each repeated row once. Raises ValueError for a threshold outside [0, 1).
-    """
-    search, copies = _distinct_texts(texts, threshold, unicode_dedup)
-    left, right, scores = search.pairs(np.arange(len(copies)))
-    found = [
-        (min(i, j), max(i, j), score)
-        for a, b, score in zip(left.tolist(), right.tolist(), scores.tolist(), strict=True)
-        for i in copies[a]
-        for j in copies[b]
-    ]
-    found += [(i, j, 1.0) for rows in copies for i, j in itertools.combinations(rows, 2)]
-    return sorted(found)
+    rows: np.ndarray
+    others: np.ndarray
+    scores: np.ndarray
+
+
+def token_sequences(texts: Sequence[str], unicode_dedup: bool = False) -> Sequences:
+    """The texts as rows for `first_repeats` and `nearest`."""
+    store = TokenStore()
+    for start in range(0, len(texts), 10_000):
+        store.append(number_tokens(texts[start : start + 10_000], unicode_dedup))
+    return store.sequences()
 
 
 def first_repeats(
-    texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False
-) -> list[tuple[int, int, float]]:
+    sequences: Sequences, threshold: float = 0.7, rows: np.ndarray | None = None, fixed: int = 0
+) -> Matches:
     """The rows that self-instruct's rule drops from a file: in file order, a row goes when its F1 with an earlier row
-    that stayed is above `threshold`. Exact, as (i, j, F1) sorted by j: row j goes because of i, the first such row.
+    that stayed is above `threshold`. Exact; `others` holds the first such row.
 
+    rows: ascending numbers of those that count, default all. fixed: so many rows from the start stay whatever they are.
     Raises ValueError for a threshold outside [0, 1).
     """
-    search, copies = _distinct_texts(texts, threshold, unicode_dedup)
-    because: dict[int, tuple[int, float]] = {}
+    search = PairSearch(sequences, threshold)
+    rows = np.arange(len(sequences)) if rows is None else rows
+    repeated = np.full(len(sequences), -1, np.int32)  # the first row that a row repeats, if any
+
+    def drop(pairs: np.ndarray) -> None:
+        left, right = pairs >> 32, pairs & ROW
+        bounds = np.flatnonzero(np.diff(left, prepend=-1, append=-1)).tolist()
+        for start, end in itertools.pairwise(bounds):
+            if repeated[left[start]] < 0 or left[start] < fixed:
+                near = right[start:end]
+                repeated[near[repeated[near] < 0]] = left[start]
+
+    def stay(rows: np.ndarray) -> np.ndarray:
+        return rows[(repeated[rows] < 0) | (rows < fixed)]
 
     def keep(rows: np.ndarray) -> np.ndarray:
         try:
-            drop(*search.pairs(rows, most=math.inf if len(rows) <= _LEAF else _MEETINGS * len(rows)))
-        except TooManyMeetings:
+            drop(search.pairs(rows, most=math.inf if len(rows) <= _LEAF else _CANDIDATES * len(rows)))
+        except TooManyCandidates:
             # What repeats the first half goes before the second half is compared with itself. A file of near copies
             # shrinks to little at once, and no list of all its pairs ever exists.
-            first = keep(rows[: len(rows) // 2])
-            second = rows[len(rows) // 2 :]
-            drop(*search.pairs(first, second))
-            second = keep(second[[row not in because for row in second.tolist()]])
-            return np.concatenate([first, second])
-        return rows[[row not in because for row in rows.tolist()]]
+            first, second = keep(rows[: len(rows) // 2]), rows[len(rows) // 2 :]
+            drop(search.pairs(first, second))
+            return np.concatenate([first, keep(stay(second))])
+        return stay(rows)
 
-    def drop(left: np.ndarray, right: np.ndarray, scores: np.ndarray) -> None:
-        order = np.lexsort((left, right))
-        for some in np.array_split(order, len(order) // 1_000_000 + 1):  # Python's numbers take much memory
-            for a, b, score in zip(left[some].tolist(), right[some].tolist(), scores[some].tolist(), strict=True):
-                if a not in because and b not in because:
-                    because[b] = (a, score)
-
-    keep(np.arange(len(copies)))
-    found = []
-    for distinct, rows in enumerate(copies):
-        kept, score = because.get(distinct, (distinct, 1.0))
-        gone = rows if distinct in because else rows[1:]
-        found += [(copies[kept][0], row, score) for row in gone]
-    return sorted(found, key=lambda repeat: repeat[1])
+    copies = sequences.first_copies(rows)
+    keep(rows[copies == rows])
+    # A copy repeats what the row that it copies repeats, or that row.
+    others = np.where(repeated[copies] >= 0, repeated[copies], copies)
+    gone = (others != rows) & (rows >= fixed)
+    return Matches(rows[gone], others[gone], sequences.f1(others[gone].astype(np.int64) << 32 | rows[gone]))
 
 
-def dedup(texts: Sequence[str], threshold: float = 0.7, unicode_dedup: bool = False) -> np.ndarray:
-    """Which rows stay when `first_repeats` is applied: bool of shape (len(texts),)."""
-    kept = np.ones(len(texts), bool)
-    kept[[j for _, j, _ in first_repeats(texts, threshold, unicode_dedup)]] = False
-    return kept
-
-
-def _distinct_texts(texts, threshold, unicode_dedup) -> tuple[PairSearch, list[list[int]]]:
-    """The search over the distinct token sequences, and the rows of each, numbered in order of first appearance."""
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold is an F1 that must be exceeded, 0 <= threshold < 1; got {threshold}")
-    tokenize = unicode_tokens if unicode_dedup else rouge_tokens
-    numbers: dict[str, int] = {}
-    seen: dict[bytes | str, int] = {}
-    copies: list[list[int]] = []
-    flat, lengths = array("i"), array("i")
-    for row, text in enumerate(texts):
-        ids = array("i", [numbers.setdefault(token, len(numbers)) for token in tokenize(text)])
-        # A blank text resembles nothing, not even another one.
-        key = ids.tobytes() or _plain_text(text) or f"blank {row}"
-        distinct = seen.setdefault(key, len(copies))
-        if distinct < len(copies):
-            copies[distinct].append(row)
-        else:
-            copies.append([row])
-            flat.extend(ids)
-            lengths.append(len(ids))
-    return PairSearch(np.array(flat, np.int32), np.array(lengths, np.int64), threshold), copies
+def nearest(
+    sequences: Sequences, rows: np.ndarray, among: np.ndarray, threshold: float, earlier: bool = False
+) -> Matches:
+    """For each of `rows` that has F1 above `threshold` with one of `among`: the most similar of these, the first of
+    equals. Both ascend and have no row in common. earlier: only rows before a row count.
+    """
+    copies = sequences.first_copies(rows)
+    pairs = PairSearch(sequences, threshold).pairs(rows[copies == rows], among)
+    left = pairs >> 32
+    start, stop = np.searchsorted(left, copies), np.searchsorted(left, copies, side="right")
+    which = np.repeat(np.arange(len(rows)), stop - start)
+    pairs = pairs[np.arange(len(which)) - np.repeat(np.cumsum(stop - start) - stop, stop - start)]
+    if earlier:
+        fits = pairs & ROW < rows[which]
+        which, pairs = which[fits], pairs[fits]
+    others, scores = pairs & ROW, sequences.f1(pairs)
+    best = np.lexsort((others, -scores, which))
+    best = best[np.flatnonzero(np.diff(which[best], prepend=-1))]
+    return Matches(rows[which[best]], others[best], scores[best])

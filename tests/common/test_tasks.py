@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from alpaca.common import tasks
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload
-from alpaca.common.tasks import load_tasks
+from alpaca.common.tasks import iter_rows, load_tasks, read_rows
 
 ROWS = [
     {"instruction": "Translate to German.", "input": "a line\nand, a “second” one", "output": "ja", "origin": "me"},
@@ -20,7 +21,7 @@ LIST, LINES = json.dumps(ROWS, ensure_ascii=False), "\n".join(json.dumps(row, en
 def test_encodings(tmp_path, encoding, name, text):
     """Files saved by Windows programs begin with a byte-order mark or are UTF-16; both ended in a decoding error."""
     (tmp_path / name).write_bytes(text.encode(encoding))
-    assert load_tasks(tmp_path / name) == ROWS
+    assert load_tasks(tmp_path / name) == list(iter_rows(tmp_path / name)) == ROWS
 
 
 def test_csv_and_parquet(tmp_path):
@@ -63,6 +64,29 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     with pytest.raises(UserError) as error:
         load_tasks(tmp_path / name)
     assert message in str(error.value) and name in str(error.value)
+
+
+CONTENTS = [
+    LIST, LINES, json.dumps(ROWS * 3, indent=4), json.dumps(ROWS * 3), "", " ", "[\n]", "1\n2\n", "{", '{"a": 1}\n',
+    ' \n[ 12 , [], -1.5e3,null,\t"a]" ] ', '["a" "b"]', "[1, 2", "[1, 2]]", "[1,, 2]", "[,]", "[1}",
+    '{"data": [{"instruction": "x"}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_rows_that_are_read_one_by_one(tmp_path, monkeypatch, content, block):
+    """Guards large files: the same rows or the same error as from the whole text, wherever a piece of it ends."""
+
+    def outcome(function):
+        try:
+            return list(function(tmp_path / "a.json"))
+        except UserError as error:
+            return str(error)
+
+    monkeypatch.setattr(tasks, "BLOCK", block)
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    assert outcome(iter_rows) == outcome(read_rows)
 
 
 def test_a_misspelt_name(tmp_path):

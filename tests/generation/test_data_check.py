@@ -107,6 +107,13 @@ def test_the_data_that_ships_is_clean(run_script):
     run_script("generate_instruction.py", "check", "seed_tasks.jsonl")
 
 
+def test_the_data_that_ships_holds_no_evaluation_task(run_script):
+    """Guards the project's figures on configs/eval_tasks.jsonl: none of its tasks stands in the training data."""
+    against = ("--against", "configs/eval_tasks.jsonl", "--against_threshold", "0.5")
+    done = run_script("generate_instruction.py", "check", "alpaca_data.json", *against)
+    assert "evaluation set" not in done.stdout
+
+
 def test_clean_writes_the_good_rows(run_script, dataset, tmp_path):
     """Guards `clean`: good rows unchanged in their order, markers emptied, UTF-8 with indent 4, and check passes."""
     output = tmp_path / "clean.json"
@@ -132,14 +139,112 @@ def test_clean_leaves_files_alone(run_script, dataset, tmp_path):
     assert "no row" in done.stderr and not (tmp_path / "none.jsonl").exists()
 
 
-def test_a_bad_row_takes_no_good_one_with_it():
+def test_a_bad_row_takes_no_good_one_with_it(run_script, tmp_path):
     """Guards the order of filters: the good row stays where an earlier row with the same instruction has no output."""
+    path, output, report_path = tmp_path / "data.jsonl", tmp_path / "clean.jsonl", tmp_path / "report.json"
     rows = [{**GOOD[0], "output": ""}, GOOD[0], {**GOOD[0], "output": "again"}]
-    report, good = data_check.inspect_rows(rows, duplicates_among_good=True)
-    assert good == [GOOD[0]]
-    assert [entry["row"] for entry in report["problems"][data_check.EXACT]] == [3]
-    report, _ = data_check.inspect_rows(rows)
-    assert [entry["row"] for entry in report["problems"][data_check.EXACT]] == [2, 3]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--json_path", report_path, "--overwrite", "True")
+    for command, more, repeated in (("clean", ("--output", output), [3]), ("check", (), [2, 3])):
+        run_script("generate_instruction.py", command, path, *more, *arguments, status=int(command == "check"))
+        problems = json.loads(report_path.read_text())["problems"]
+        assert [entry["row"] for entry in problems[data_check.EXACT]] == repeated
+    assert json.loads(output.read_text()) == GOOD[0]
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_dedup_keeps_rows_as_they_stand(run_script, tmp_path, ending):
+    """Guards `dedup`: only duplicates and unreadable rows go, no filter and no repair touches the others."""
+    path, output = tmp_path / "data.json", tmp_path / f"unique.{ending}"
+    rows = [*ROWS, {"instruction": "写", "instances": [{"input": "n/a", "output": ""}], "more": {"a": [1.5, None]}}]
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    done = run_script("generate_instruction.py", "dedup", path, "--output", output)
+    gone = ("unreadable", "exact duplicate", "near duplicate")
+    want = [GOOD[0], GOOD[1], *[row for kind, row in BAD if kind not in gone], *[row for _, row in MARKERS], *rows[-2:]]
+    if ending == "json":
+        assert output.read_text(encoding="utf-8") == json.dumps(want, ensure_ascii=False, indent=4)
+    else:
+        assert [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] == want
+    assert f"{len(want)} rows written, 5 dropped" in done.stdout and "refusal" not in done.stdout
+
+
+def test_several_processes_find_the_same(tmp_path, monkeypatch, capsys):
+    """Guards large files: batches from several processes in order, the same report and rows as from one."""
+    path, found = tmp_path / "data.jsonl", []
+    rows = [dict(row, number=i) if isinstance(row, dict) else row for i in range(9) for row in ROWS]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    for cores, one_process, batch in ((1, 0, 1000), (2, 0, 7), (3, 0, 50)):
+        monkeypatch.setattr(data_check, "CORES", cores)
+        monkeypatch.setattr(data_check, "ONE_PROCESS", one_process)
+        monkeypatch.setattr(data_check, "BATCH", batch)
+        report, clean = tmp_path / "report.json", tmp_path / "clean.jsonl"
+        data_check.clean(str(path), str(clean), json_path=str(report), overwrite=True)
+        figures = json.loads(report.read_text(encoding="utf-8"))
+        found.append((figures["problems"], figures["lengths"], clean.read_bytes()))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][2].splitlines()) == 5 and len(found[0][0][data_check.EXACT]) == 5 * 8 + 9
+    assert f"and {5 * 8 + 9 - 3} more" in capsys.readouterr().out
+
+
+EVALUATION = [
+    {
+        "instruction": "Name two famous fruits that grow on very tall trees, please.",
+        "instances": [{"input": "", "output": "Figs."}],
+    },
+    {
+        "instruction": "Summarise this.",
+        "input": "One two three four five six seven eight nine ten eleven twelve thirteen fourteen.",
+        "output": "zero one two three four five six",
+    },
+]
+WORDS = EVALUATION[1]["input"].split()
+LEAKS = [
+    (
+        {
+            "instruction": "Name three famous fruits that grow on very tall trees, please.",
+            "input": "",
+            "output": "Apples.",
+        },
+        1,
+    ),
+    ({"instruction": "Count upwards for me, please.", "input": "", "output": "So: " + " ".join(WORDS[:13])}, 2),
+    ({"instruction": "Repeat what you see here.", "input": "(ONE! " + ", ".join(WORDS[1:]) + ")", "output": "No."}, 2),
+    ({"instruction": "Sum up this long text.", "input": "a b c d " + " ".join(WORDS[1:]) + " x", "output": "Sum."}, 2),
+]
+CLEAN_OF_EVALUATION = [
+    {"instruction": "Count a little way up.", "input": "", "output": " ".join(WORDS[:12]) + " end"},
+    {"instruction": "Count in a broken way.", "input": " ".join([*WORDS[:7], "x", *WORDS[7:]]), "output": "Done."},
+    {"instruction": "Count across two of its texts.", "input": " ".join(WORDS[8:] + WORDS[:6]), "output": "Done."},
+]
+
+
+def test_rows_that_stand_in_an_evaluation_set(run_script, tmp_path):
+    """Guards `--against`: instructions above the threshold, 13 words in a row wherever they begin, and no 12 words."""
+    path, tasks, report_path = tmp_path / "data.json", tmp_path / "tasks.jsonl", tmp_path / "report.json"
+    rows = [GOOD[0], *CLEAN_OF_EVALUATION, *[row for row, _ in LEAKS], GOOD[1]]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    tasks.write_text("".join(json.dumps(task) + "\n" for task in EVALUATION), encoding="utf-8")
+    against = ("--against", f"seed_tasks.jsonl,{tasks}")
+    done = run_script("generate_instruction.py", "check", path, *against, "--json_path", report_path, status=1)
+    problems = json.loads(report_path.read_text(encoding="utf-8"))["problems"]
+    found = {entry["row"]: entry for kind, entries in problems.items() if "evaluation" in kind for entry in entries}
+    assert sorted(found) == [5, 6, 7, 8]
+    for row, (task, source) in zip((5, 6, 7, 8), LEAKS, strict=True):
+        assert (found[row]["against"], found[row]["against_row"]) == (str(tasks), source)
+        assert found[row]["text"] in task.values()
+    assert found[5]["f1"] == 2 * (10 / 11) * (10 / 11) / (10 / 11 + 10 / 11)
+    assert found[5]["against_text"] == EVALUATION[0]["instruction"]
+    assert found[6]["words"] == " ".join(WORDS[:13]).lower() and found[6]["against_text"] == EVALUATION[1]["input"]
+    assert found[7]["words"].endswith("thirteen fourteen") and len(found[8]["words"].split()) == 13
+    for text in ("13 words of the input", "13 words of the output", "F1 0.9091 with row 1 of", "Name two famous"):
+        assert text in done.stdout, text
+
+    run_script("generate_instruction.py", "clean", path, *against, "--output", tmp_path / "clean.json")
+    assert json.loads((tmp_path / "clean.json").read_text()) == [GOOD[0], *CLEAN_OF_EVALUATION, GOOD[1]]
+    strict = ("--against_threshold", "0.6", "--json_path", report_path, "--overwrite", "True")
+    run_script("generate_instruction.py", "check", path, *against, *strict, status=1)
+    entries = json.loads(report_path.read_text(encoding="utf-8"))["problems"][data_check.EVALUATED]
+    assert [entry["row"] for entry in entries] == [1, 5]
 
 
 def test_user_errors(run_script, dataset):
@@ -149,6 +254,8 @@ def test_user_errors(run_script, dataset):
     )
     done = run_script("generate_instruction.py", "check", dataset, "--threshold", "70", status=2)
     assert "--threshold" in done.stderr and "Traceback" not in done.stderr
+    done = run_script("generate_instruction.py", "check", dataset, "--against", "seed_task.jsonl", status=2)
+    assert "Did you mean ./seed_tasks.jsonl" in done.stderr
     dataset.write_text('[{"instruction": "cut')
     assert "not valid JSON" in run_script("generate_instruction.py", "check", dataset, status=2).stderr
 

@@ -12,34 +12,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer, tokenizers
 
-from alpaca.generation import pair_search
-from alpaca.generation import rouge as rouge_index
-from alpaca.generation.rouge import RougeLIndex, dedup, first_repeats, near_duplicates, rouge_tokens, unicode_tokens
+from alpaca.generation import pair_search, rouge
+from alpaca.generation.rouge import (
+    RougeLIndex,
+    first_repeats,
+    nearest,
+    rouge_tokens,
+    token_sequences,
+    unicode_tokens,
+)
 
 reference_tokens = tokenizers.DefaultTokenizer(use_stemmer=False).tokenize
 relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 # Few words, so that texts have much in common; case, punctuation, digits and letters beyond ASCII and beyond the BMP.
 WORDS = [
-    "a",
-    "the",
-    "list",
-    "List",
-    "name",
-    "of",
-    "city",
-    "don't",
-    "x2",
-    "naïve",
-    "Ⅷ",
-    "İstanbul",
-    "K",
-    "中文",
-    "𝔘x",
-    "𐐷",
-    "-",
-    "",
-]
+    "a", "the", "list", "List", "name", "of", "city", "don't", "x2", "naïve", "Ⅷ", "İstanbul", "\u212a", "中文", "𝔘x",
+    "𐐷", "-", "",
+]  # fmt: skip
 texts_of_words = st.lists(st.sampled_from(WORDS), max_size=90).map(" ".join)
 any_text = st.one_of(texts_of_words, st.text(max_size=60), st.sampled_from(["", " ", "!?", "中文", "中文 ", "ｚ"]))
 
@@ -72,10 +62,8 @@ def test_scores_equal_rouge_score_bit_for_bit(pool, added, candidates):
     for text in added:
         index.add(text)
     assert len(index) == len(pool) + len(added)
-    want = np.array([reference_scores(text, pool + added) for text in candidates]).reshape(len(candidates), len(index))
-    got = index.scores_many(candidates)
-    assert got.dtype == np.float64 and got.shape == want.shape
-    assert (got == want).all()
+    for text in candidates:
+        assert index.scores(text).tolist() == reference_scores(text, pool + added)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 150, 1000])
@@ -91,44 +79,58 @@ def test_lengths_around_machine_words(length):
         assert index.scores(text).tolist() == reference_scores(text, pool)
 
 
-def test_pool_grows_past_its_room():
-    """Guards the moment when newcomers are sorted in: nothing lost, nothing twice, order kept."""
+@pytest.mark.parametrize("block, fresh, alone, code_points", [(64, 16, 0, 20), (512, 100, 1 << 20, 1 << 20)])
+def test_pool_grows_over_many_blocks(monkeypatch, block, fresh, alone, code_points):
+    """Guards newcomers, the filling of blocks, several threads, and tokens that are no code points: nothing lost."""
+    monkeypatch.setattr(rouge, "_BLOCK", block)
+    monkeypatch.setattr(rouge, "_FRESH", fresh)
+    monkeypatch.setattr(rouge, "_ALONE", alone)
+    monkeypatch.setattr(rouge, "CODE_POINTS", code_points)
     rng = np.random.default_rng(0)
-    texts = [" ".join(f"w{i}" for i in rng.integers(50, size=rng.integers(1, 12))) for _ in range(2500)]
-    index = RougeLIndex(texts[:10])
-    for text in texts[10:]:
-        index.add(text)
-    assert list(index.texts) == texts
-    for text in texts[::700]:
-        assert (index.scores(text) == RougeLIndex(texts).scores(text)).all()
-        assert index.scores(text)[texts.index(text)] == 1.0
-    assert index.scores(texts[0])[::100].tolist() == reference_scores(texts[0], texts[::100])
+    texts = [" ".join(f"w{i}" for i in rng.integers(50, size=rng.integers(1, 12))) for _ in range(1500)]
+    texts[700] = " ".join(f"w{i}" for i in rng.integers(50, size=80))
+    for known in (0, 10, block, 1000):
+        index = RougeLIndex(texts[:known])
+        for text in texts[known:]:
+            index.add(text)
+        assert index.texts == texts
+        for text in [*texts[::300], texts[700]]:
+            assert index.scores(text)[texts.index(text)] == 1.0
+            assert index.scores(text)[::50].tolist() == reference_scores(text, texts[::50])
 
 
 def test_nothing_in_the_pool():
-    """Guards an empty pool and an empty list of candidates against errors."""
+    """Guards an empty pool and an empty file against errors."""
     index = RougeLIndex()
     assert index.scores("a b").shape == index.scores("a " * 100).shape == (0,)
     assert RougeLIndex(["", "!"]).scores("a " * 100).tolist() == [0.0, 0.0]
-    assert index.scores_many(["a", ""]).shape == (2, 0)
-    assert index.scores_many([]).shape == (0, 0)
     assert index.top("a b", 3) == []
-    assert near_duplicates([]) == first_repeats([]) == [] and dedup([]).shape == (0,)
+    assert repeats([]) == [] and repeats(["", " "]) == []
 
 
 def test_top_is_stable():
     """Guards the order of regen.json's most similar instructions: best first, equal ones as they came."""
     index = RougeLIndex(["x y", "a b c", "c d", "a b d", "b c"])
     assert index.top("a b c", 3) == [("a b c", 1.0), ("b c", 0.8), ("a b d", 2 / 3)]
-    assert [text for text, _ in index.top("q", 9)] == list(index.texts)
+    assert [text for text, _ in index.top("q", 9)] == index.texts
     assert index.top("a b c", 2, scores=np.array([0.0, 0.5, 0.5, 0.5, 0.0])) == [("a b c", 0.5), ("c d", 0.5)]
+
+
+@relaxed
+@given(st.integers(1, 30), st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), min_size=1, max_size=2500))
+def test_top_of_many(k, scores):
+    """Guards the shortcut for long pools: the same as sorting all of them."""
+    index = RougeLIndex()
+    index.texts = [str(i) for i in range(len(scores))]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+    assert index.top("", k, np.array(scores)) == [(str(i), scores[i]) for i in best]
 
 
 def test_chinese_without_unicode_dedup():
     """Guards the original's bug that identical Chinese instructions are never duplicates: [a-z0-9] sees nothing."""
     index = RougeLIndex(["写一首关于春天的诗", "ｗｒｉｔｅ", "写一首诗"])
     assert index.scores(" 写一首关于春天的诗\n").tolist() == [1.0, 0.0, 0.0]
-    assert first_repeats(["写一首诗", "画一只猫", "写一首诗 ", "", ""]) == [(0, 2, 1.0)]
+    assert repeats(["写一首诗", "画一只猫", "写一首诗 ", "", ""]) == [(0, 2, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -163,20 +165,27 @@ def test_unicode_dedup_scores():
     index = RougeLIndex(["写一首关于春天的诗", "Напиши короткий рассказ о море"], unicode_dedup=True)
     assert index.scores("写一首关于秋天的诗").tolist() == [2 * (8 / 9) * (8 / 9) / (8 / 9 + 8 / 9), 0.0]
     assert index.scores("напиши короткий рассказ о горе")[1] == pytest.approx(0.8)
-    assert len(near_duplicates(["写一首关于春天的诗", "写一首关于秋天的诗"], unicode_dedup=True)) == 1
+    sequences = token_sequences(["写一首关于春天的诗", "写一首关于秋天的诗"], unicode_dedup=True)
+    assert first_repeats(sequences).rows.tolist() == [1]
 
 
-def brute_force(texts: list[str], threshold: float):
-    scores = RougeLIndex(texts).scores_many(texts) if texts else np.zeros((0, 0))
-    pairs = [(i, j, scores[i, j]) for i in range(len(texts)) for j in range(i + 1, len(texts))]
-    kept, repeats = [], []
-    for j in range(len(texts)):
-        first = next((i for i in kept if scores[i, j] > threshold), None)
-        if first is None:
-            kept.append(j)
+def repeats(texts: list[str], threshold: float = 0.7, **options) -> list[tuple[int, int, float]]:
+    found = first_repeats(token_sequences(texts), threshold, **options)
+    return list(zip(found.others.tolist(), found.rows.tolist(), found.scores.tolist(), strict=True))
+
+
+def brute_force(scores: np.ndarray, threshold: float, rows, fixed: int):
+    """What `first_repeats` and `nearest` (among earlier rows that stayed) must find, from the F1 of all pairs."""
+    kept, repeated, most_similar = [], [], []
+    for j in rows:
+        near = [i for i in kept if scores[i, j] > threshold]
+        if near and j >= fixed:
+            repeated.append((near[0], j, scores[near[0], j]))
+            best = max(near, key=lambda i: (scores[i, j], -i))
+            most_similar.append((best, j, scores[best, j]))
         else:
-            repeats.append((first, j, scores[first, j]))
-    return [pair for pair in pairs if pair[2] > threshold], repeats, kept
+            kept.append(j)
+    return repeated, most_similar, kept
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -187,9 +196,9 @@ def test_no_pair_is_missed(seed, monkeypatch):
     monkeypatch.setattr(pair_search, "_CHUNK", int(rng.choice([7, 1 << 22])))
     monkeypatch.setattr(pair_search, "_MANY", int(rng.choice([0, 1 << 20])))  # signatures of three tokens, or of two
     monkeypatch.setattr(pair_search, "_MOST_SUBSETS", int(rng.choice([1, 20, 4096])))
-    monkeypatch.setattr(pair_search, "_CODE_POINTS", int(rng.choice([3, 1 << 20])))  # more tokens than code points
-    monkeypatch.setattr(rouge_index, "_LEAF", int(rng.choice([4, 16, 8192])))
-    monkeypatch.setattr(rouge_index, "_MEETINGS", int(rng.choice([0, 3, 200])))
+    monkeypatch.setattr(pair_search, "CODE_POINTS", int(rng.choice([3, 1 << 20])))  # more tokens than code points
+    monkeypatch.setattr(rouge, "_LEAF", int(rng.choice([4, 16, 8192])))
+    monkeypatch.setattr(rouge, "_CANDIDATES", int(rng.choice([0, 3, 200])))
     vocabulary = [f"w{i}" for i in range(rng.choice([3, 10, 60]))]
     lengths = [0, 1, 2, 3, 4, 5, 6, 8, 12, 20, int(rng.choice([3, 130]))]
     texts = [" ".join(rng.choice(vocabulary, rng.choice(lengths))) for _ in range(rng.choice([5, 40, 90]))]
@@ -199,42 +208,50 @@ def test_no_pair_is_missed(seed, monkeypatch):
             words[rng.integers(len(words))] = "changed"
             texts[i + 1] = " ".join(words if i % 2 else words[::-1])
     threshold = float(rng.choice([0.0, 0.3, 0.5, 0.66, 0.7, 0.9]))
-    pairs, repeats, kept = brute_force(texts, threshold)
-    assert near_duplicates(texts, threshold) == RougeLIndex(texts).near_duplicates(threshold) == pairs
-    assert first_repeats(texts, threshold) == repeats
-    assert np.flatnonzero(dedup(texts, threshold)).tolist() == kept
+    index, sequences = RougeLIndex(texts), token_sequences(texts)
+    scores = np.array([index.scores(text) for text in texts])
+
+    above = np.argwhere(scores > threshold)
+    search = pair_search.PairSearch(sequences, threshold)
+    assert unpacked(search.pairs(np.arange(len(texts)))) == [[i, j] for i, j in above.tolist() if i < j]
+    even, odd = np.arange(0, len(texts), 2), np.arange(1, len(texts), 2)
+    assert unpacked(search.pairs(even, odd)) == [[i, j] for i, j in above.tolist() if i % 2 == 0 and j % 2]
+
+    for rows, fixed in ((np.arange(len(texts)), 0), (np.arange(len(texts)), len(texts) // 2), (odd, 0)):
+        repeated, most_similar, kept = brute_force(scores, threshold, rows.tolist(), fixed)
+        assert repeats(texts, threshold, rows=rows, fixed=fixed) == repeated
+        gone = first_repeats(sequences, threshold, rows, fixed).rows
+        found = nearest(sequences, gone, np.array(kept, np.int64), threshold, earlier=True)
+        assert list(zip(found.others, found.rows, found.scores, strict=True)) == most_similar
+
+
+def unpacked(pairs: np.ndarray) -> list[list[int]]:
+    return [[pair >> 32, pair & 0xFFFFFFFF] for pair in pairs.tolist()]
 
 
 def test_exactly_the_threshold_stays():
     """Guards the original's rule that 0.7 stays and only more goes, in the presence of float error."""
     texts = ["a b c d e f g h i j", "a b c d e f g x y z"]
     assert RougeLIndex(texts).scores(texts[0])[1] == 0.7
-    assert near_duplicates(texts, 0.7) == [] and len(near_duplicates(texts, 0.69)) == 1
+    assert repeats(texts, 0.7) == [] and len(repeats(texts, 0.69)) == 1
 
 
 def test_a_file_of_near_copies_stays_small(monkeypatch):
     """Guards against a list of all pairs where one template fills a file: 20,000 near copies have 200 million pairs."""
-    searched = []
-    monkeypatch.setattr(pair_search.PairSearch, "_f1", counting(pair_search.PairSearch._f1, searched))
-    monkeypatch.setattr(rouge_index, "_LEAF", 64)
+    compared = []
+    f1 = pair_search.Sequences.f1
+    monkeypatch.setattr(pair_search.Sequences, "f1", lambda self, pairs: compared.append(len(pairs)) or f1(self, pairs))
+    monkeypatch.setattr(rouge, "_LEAF", 64)
     texts = [f"translate the word number{i} into the french language please" for i in range(20_000)]
-    assert dedup(texts).sum() == 1
-    assert sum(searched) < 200_000
-
-
-def counting(function, sizes):
-    def wrapped(self, left, right):
-        sizes.append(len(left))
-        return function(self, left, right)
-
-    return wrapped
+    assert len(repeats(texts)) == 19_999
+    assert sum(compared) < 200_000
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, 7])
 def test_a_wrong_threshold_is_refused(threshold):
     """Guards a percentage given for a ratio: it would find nothing and look like a clean file."""
     with pytest.raises(ValueError, match="threshold"):
-        near_duplicates(["a b", "a b"], threshold)
+        repeats(["a b", "a b"], threshold)
 
 
 def test_rouge_score_is_not_needed():
