@@ -149,3 +149,14 @@ def test_gaps_in_an_array_are_named(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     with pytest.raises(UserError, match="without gaps"):
         find_shard()
+
+
+def test_ray_starts_shards_and_joins_them(tmp_path):
+    """docs/ray_generate.py on the cluster that Ray starts on this machine."""
+    pytest.importorskip("ray")
+    with FakeOpenAI(tasks_per_reply=4) as server:
+        command = [sys.executable, "docs/ray_generate.py", "2", "--output_dir", tmp_path, "--model_name", "fake-model"]
+        command += ["--base_url", server.base_url, "--num_instructions_to_generate", "20"]
+        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=300)
+    assert len(jload(tmp_path / "alpaca_data.json")) >= 15
+    assert all((tmp_path / f"shard_{index}" / "run.json").is_file() for index in range(2))
