@@ -329,11 +329,12 @@ def report(
     tasks: str | None = None,
     generator_1: str | None = None,
     generator_2: str | None = None,
+    instruction_difficulty: str | None = None,
     resamples: int = 10_000,
     seed: int = 0,
     overwrite: bool = False,
 ):
-    """Wins, ties, losses, win rate with its interval and length-controlled: a table, report.json, a page to browse.
+    """Wins, ties, losses, win rate with its interval and at equal length: a table, report.json, a page to browse.
 
     Args:
         annotations: The folder of `judge`, or an annotations.json in AlpacaEval's format.
@@ -341,7 +342,9 @@ def report(
         tasks: A task file that gives each instruction its category, where the annotations have none.
         generator_1: Where the file holds several pairs of models: the first one's name.
         generator_2: And the second one's, whose win rate it is.
-        resamples: Of the bootstrap over prompts (at most 500 for the length-controlled rate).
+        instruction_difficulty: AlpacaEval's df_gamed.csv (columns index, instruction_difficulty, and the gamed rows):
+            the rate at equal length is then AlpacaEval's length-controlled one, for annotations of its 805 tasks.
+        resamples: Of the bootstrap over prompts (at most 500 for the length-adjusted rate).
         seed: Of the bootstrap.
         overwrite: Replace an earlier report in output_dir.
     """
@@ -352,7 +355,7 @@ def report(
     rows = win_rate.load_annotations(annotations, generator_1, generator_2)
     if tasks:
         rows = win_rate.with_categories(rows, load_tasks(tasks, require_output=False))
-    figures = win_rate.summarise(rows, resamples, seed)
+    figures = win_rate.summarise(rows, resamples, seed, instruction_difficulty)
     folder = Path(annotations) if Path(annotations).is_dir() else Path(annotations).parent
     summary = None
     if (folder / "judge.json").is_file():
@@ -370,8 +373,8 @@ def report(
         from alpaca.common.files import atomic_write
 
         settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
-        inputs = [annotations, folder / "annotations.json", folder / "judge.json", *([tasks] if tasks else [])]
-        with run_record(output_dir, settings, inputs):
+        inputs = [annotations, folder / "annotations.json", folder / "judge.json", tasks, instruction_difficulty]
+        with run_record(output_dir, settings, [path for path in inputs if path]):
             jdump(figures, Path(output_dir) / "report.json")
             with atomic_write(Path(output_dir) / "report.html") as page:
                 page.write(report_page(figures, rows, summary))

@@ -304,12 +304,12 @@ def test_report_of_an_alpaca_eval_file(run_script, tmp_path):
     path.write_text(json.dumps(rows))
     done = run_script("evaluation.py", "report", "--annotations", path, "--output_dir", tmp_path / "report")
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert figures["win_rate"] == pytest.approx((0 + 1 + 1 + 0.5 + 0.5 + 0.8) / 6)
-    assert (figures["wins"], figures["ties"], figures["losses"]) == (3, 2, 1)
-    assert figures["mean_length_2"] == 22.5 and set(figures["categories"]) == {"koala", "vicuna"}
-    assert "63.33" in done.stdout and "koala" in done.stdout and "length-controlled" in done.stdout
+    assert figures["win_rate"] == pytest.approx((0 + 1 + 1 + 0.5 + 0.8) / 5)
+    assert (figures["wins"], figures["ties"], figures["losses"], figures["dropped"]) == (3, 1, 1, 1)
+    assert figures["mean_length_2"] == 22.2 and set(figures["categories"]) == {"koala", "vicuna"}
+    assert "66.00" in done.stdout and "koala" in done.stdout and "length-adjusted" in done.stdout
     page = (tmp_path / "report" / "report.html").read_text()
-    assert page.count("<article") == 6 and "preference 1.8" in page
+    assert page.count("<article") == 5 and "preference 1.8" in page and "not counted: 1." in page
     assert json.loads((tmp_path / "report" / "run.json").read_text())["inputs"]
     refused = run_script("evaluation.py", "report", "--annotations", tmp_path / "nothing.json", status=2)
     assert "no file" in refused.stderr
