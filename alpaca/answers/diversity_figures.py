@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
+from scipy.optimize import isotonic_regression
 
 from alpaca.answers.diversity import FIELDS
 from alpaca.common.files import atomic_write
@@ -113,18 +115,15 @@ def upright(angle: float) -> float:
 
 
 def spread(angles: Sequence[float], gap: float) -> list[float]:
-    """Descending angles (degrees) around a circle, moved so that neighbours are at least `gap` apart."""
-    moved, count = list(angles), len(angles)
-    for _ in range(1000):
-        close = False
-        for i in range(count if count > 1 else 0):
-            after = (i + 1) % count
-            missing = gap - (moved[i] - moved[after] + (360 if after == 0 else 0))
-            if missing > 1e-3:
-                moved[i], moved[after], close = moved[i] + missing / 2, moved[after] - missing / 2, True
-        if not close:
-            break
-    return moved
+    """Descending angles (degrees) around a circle, moved as little as makes neighbours at least `gap` degrees apart."""
+    if len(angles) < 2:
+        return list(angles)
+    clockwise = -np.array(angles)
+    first = int(np.argmax(np.diff(clockwise, append=clockwise[0] + 360))) + 1  # the circle is cut at its widest gap
+    cut = np.roll(clockwise, -first)
+    cut[len(cut) - first :] += 360
+    steps = gap * np.arange(len(cut))
+    return list(-np.roll(isotonic_regression(cut - steps).x + steps, first))
 
 
 def length_figure(summaries: dict[str, dict]) -> Figure:
