@@ -1,75 +1,29 @@
-"""Questions on their way through one or two models: growing answers, stopping, the moderation hook, the record.
+"""Questions on their way through one or two models: a waiting line, growing answers, stopping, the record.
 
-Not a command; demo.py serves it.
-
-    run = Run(models, "Name three colours.", "", Sampling(temperature=0.7, seed=None), check=None)
-    for _ in run.updates():
-        print(run.columns[0].shown, run.status(run.columns[0]))
+run = Run(models, "Name three colours.", "", Sampling(temperature=0.7, seed=None), WaitingLine(16, 0.02))
+for _ in run.updates():
+    print(run.columns[0].shown, run.status(run.columns[0]))
 """
 
 import dataclasses
-import importlib
 import json
-import os
-import sys
+import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from alpaca.answers.answering import Answer, Sampling, stream_answer
+from alpaca.answers.answering import Answer, stream_answer
+from alpaca.answers.moderation import Filter, refusal
+from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
 
-Filter = Callable[[str, str, str | None], str | None]
-
-# Seconds between two looks at a growing answer. A filter is asked at each look, so it gets a longer breath.
-UPDATE_SECONDS, FILTER_SECONDS = 0.05, 0.5
-# The most seconds that a stopped answer may take for its last token.
-SETTLE_SECONDS = 30
-REFUSED = "This request was refused by the demo's filter."
-FILTER_FAILED = "The demo's filter failed, so nothing is shown. Please tell whoever runs this demo."
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The moderation hook.
-
-
-def load_filter(spec: str) -> Filter:
-    """The function that "module:function" names; the module may lie in the working folder. Raises UserError."""
-    module, colon, name = spec.partition(":")
-    if not (module and colon and name):
-        raise UserError(
-            f"--filter {spec}: expected module:function, such as my_filter:check for check in my_filter.py."
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
-        raise UserError(f"--filter {spec}: importing {module} failed: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise UserError(f"--filter {spec}: {module} has no function {name}.")
-    return found
-
-
-def refusal(check: Filter | None, instruction: str, input: str, answer: str | None) -> str | None:
-    """What to show instead, or None where `check` lets the texts pass. Whatever goes wrong in it refuses."""
-    if check is None:
-        return None
-    try:
-        verdict = check(instruction, input, answer)
-    except Exception as error:
-        # The error's own text may quote what somebody typed, so the place is printed without it.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"the filter failed: {type(error).__name__} in {place.filename}, line {place.lineno}", file=sys.stderr)
-        return FILTER_FAILED
-    if verdict is None:
-        return None
-    return verdict if isinstance(verdict, str) and verdict.strip() else REFUSED
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One question on its way through the models.
+# Seconds between two updates of a growing answer, of one behind a filter, which is asked at each, and of a place in the
+# waiting line.
+UPDATE_SECONDS, FILTER_SECONDS, WAITING_SECONDS = 0.05, 0.5, 0.5
+# The most seconds that a stopped answer may take for its last token; after which a visitor who waits counts as gone.
+LAST_TOKEN_SECONDS, GONE_SECONDS = 30, 10
 
 
 @dataclasses.dataclass
@@ -81,6 +35,46 @@ class Served:
     details: str
     model: Any
     tokenizer: Any
+
+
+class WaitingLine:
+    """One question is answered at a time, in the order of arrival; at most `most_waiting` others wait.
+
+    `seconds_per_token`: what an answer's token takes; each answer measures it anew.
+    """
+
+    def __init__(self, most_waiting: int, seconds_per_token: float):
+        self.most_waiting, self.seconds_per_token = most_waiting, seconds_per_token
+        self._runs: list[Run] = []  # the first is being answered
+        self._lock = threading.Lock()
+
+    def join(self, run: "Run") -> bool:
+        """Puts `run` at the end of the line; False where the line is full."""
+        with self._lock:
+            if sum(other.in_line for other in self._runs) > self.most_waiting:
+                return False
+            self._runs.append(run)
+            return True
+
+    def ahead_of(self, run: "Run") -> list["Run"]:
+        with self._lock:
+            run.seen = time.monotonic()
+            return [other for other in self._runs[: self._runs.index(run)] if other.in_line]
+
+    def leave(self, run: "Run") -> None:
+        with self._lock:
+            self._runs.remove(run)
+            timed = [column for column in run.columns if column.answer and column.answer.tokens >= 8]
+            if timed:
+                self.seconds_per_token = max(column.seconds / column.answer.tokens for column in timed)
+
+    def notice(self, ahead: list["Run"]) -> str:
+        """What somebody behind the runs `ahead` is told; the time is that of answers as long as their limits allow."""
+        seconds = sum(run.sampling.max_new_tokens for run in ahead) * self.seconds_per_token
+        seconds = max(1.0, seconds - (time.monotonic() - ahead[0].begun if ahead[0].begun else 0))
+        wait = f"{math.ceil(seconds)} s" if seconds < 100 else f"{math.ceil(seconds / 60)} minutes"
+        before = "1 question is" if len(ahead) == 1 else f"{len(ahead)} questions are"
+        return f"Waiting: {before} before yours, at most about {wait}."
 
 
 @dataclasses.dataclass
@@ -99,27 +93,56 @@ class Column:
 class Run:
     """One question being answered by every model at the same time."""
 
-    def __init__(self, models: list[Served], instruction: str, input: str, sampling: Sampling, check: Filter | None):
-        self.instruction, self.input, self.sampling, self.check = instruction, input, sampling, check
+    def __init__(
+        self, models: list[Served], instruction: str, input: str, sampling: Sampling, line: WaitingLine,
+        check: Filter | None = None,
+    ):  # fmt: skip
+        self.instruction, self.input, self.sampling, self.line, self.check = instruction, input, sampling, line, check
         self.columns = [Column(served) for served in models]
         self.workers: list[threading.Thread] = []
+        self.begun: float | None = None  # when its turn came
+        self.seen = time.monotonic()  # when it last asked for its place
+        self.waiting: str | None = None  # what is said until then
         self.stopped = False
         self.closed = threading.Event()
 
     def updates(self) -> Iterator[None]:
-        """Answers; yields whenever there is more to show. Whoever iterates calls `close` afterwards."""
-        refused = refusal(self.check, self.instruction, self.input, None)
-        if refused:
+        """Waits for its turn and answers; yields whenever there is more to show. Its user calls `close` afterwards."""
+        trouble = refusal(self.check, self.instruction, self.input, None)
+        if trouble is None and not self.line.join(self):
+            trouble = f"Busy: {self.line.most_waiting} questions are waiting already. Please try again in a minute."
+        if trouble:
             for column in self.columns:
-                column.trouble = refused
+                column.trouble = trouble
             return
-        for column in self.columns:
-            self.workers.append(threading.Thread(target=self._write, args=(column,), daemon=True))
-            self.workers[-1].start()
+        try:
+            while not self.stopped and (ahead := self.line.ahead_of(self)):
+                self.waiting = self.line.notice(ahead)
+                yield
+                time.sleep(WAITING_SECONDS)
+            self.waiting = None
+            if not self.stopped:
+                yield from self._answer()
+        finally:
+            self.line.leave(self)
+
+    @property
+    def in_line(self) -> bool:
+        """Whether those behind have to wait for it; a visitor who is gone may never end the iteration of `updates`."""
+        if self.begun:
+            return any(worker.is_alive() for worker in self.workers)
+        return not self.stopped and time.monotonic() - self.seen < GONE_SECONDS
+
+    def _answer(self) -> Iterator[None]:
+        self.workers = [threading.Thread(target=self._write, args=(column,), daemon=True) for column in self.columns]
+        for worker in self.workers:
+            worker.start()
+        self.begun = time.monotonic()
+        yield
         writing = True
         while writing:
-            writing = any(worker.is_alive() for worker in self.workers)  # asked first: the last look sees all
-            if any([self._look(column) for column in self.columns]):
+            writing = any(worker.is_alive() for worker in self.workers)  # asked first: the last update has all
+            if any([self._show(column) for column in self.columns]):
                 yield
             time.sleep(FILTER_SECONDS if self.check and writing else UPDATE_SECONDS)
 
@@ -130,10 +153,8 @@ class Run:
 
     def _write(self, column: Column) -> None:
         served, begin = column.served, time.monotonic()
-        pieces = stream_answer(
-            served.model, served.tokenizer, self.instruction, self.input, stop_event=column.stop,
-            **dataclasses.asdict(self.sampling),
-        )  # fmt: skip
+        task = {"instruction": self.instruction, "input": self.input}
+        pieces = stream_answer(served.model, served.tokenizer, task, self.sampling, column.stop)
         try:
             while True:
                 column.written += next(pieces)
@@ -146,7 +167,7 @@ class Run:
             column.trouble = f"The model failed ({type(error).__name__}); the terminal shows more."
         column.seconds = time.monotonic() - begin
 
-    def _look(self, column: Column) -> bool:
+    def _show(self, column: Column) -> bool:
         """Brings what is shown up to what is written, as far as the filter lets it; true where that changed it."""
         written = column.written
         if written == column.shown or column.trouble:
@@ -164,13 +185,13 @@ class Run:
         self.stopped = True
         self._end_writing()
 
-    def settle(self) -> None:
-        """Waits until a stopped or closed run is still, and shows what was written last."""
-        self.closed.wait(SETTLE_SECONDS)
+    def finish(self) -> None:
+        """Waits until a stopped or closed run writes no more, and shows what was written last."""
+        self.closed.wait(LAST_TOKEN_SECONDS)
         for worker in self.workers:
-            worker.join(SETTLE_SECONDS)
+            worker.join(LAST_TOKEN_SECONDS)
         for column in self.columns:
-            self._look(column)
+            self._show(column)
 
     def _end_writing(self) -> None:
         for column in self.columns:
@@ -181,7 +202,8 @@ class Run:
         if column.trouble:
             return column.trouble
         if column.answer is None and not self.stopped:
-            return "Searching; the answer comes in one piece …" if self.sampling.num_beams > 1 else "Writing …"
+            searching = "Searching; the answer comes in one piece …"
+            return self.waiting or (searching if self.sampling.num_beams > 1 else "Writing …")
         if column.answer is None:
             return "Stopped."
         tokens = column.answer.tokens
@@ -192,8 +214,8 @@ class Run:
 
 
 def log_run(path: str, run: Run) -> None:
-    """Appends a question and its answers to a JSONL file, once the models are still."""
-    run.settle()
+    """Appends a question and its answers to a JSONL file, once the models write no more."""
+    run.finish()
     answers = [
         {"model": column.served.name, "written": column.written, "shown": column.shown, "status": run.status(column)}
         for column in run.columns

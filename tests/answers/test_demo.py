@@ -16,9 +16,11 @@ import pytest
 from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
 
-from alpaca.answers import live as live_answers
+from alpaca.answers import demo_page, live, moderation
+from alpaca.answers.answering import Answer
+from alpaca.answers.demo_page import describe_origin, display_names
 from alpaca.common.files import read_jsonl
-from demo import describe_origin
+from alpaca.common.ports import free_port
 
 # The hook of demo.py's docstring, and the ways in which one can fail.
 FILTER = """
@@ -133,16 +135,16 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser):
-    """open_page(demo) -> a page that is ready; whatever any of them asks for must come from 127.0.0.1."""
+    """open_page(demo or URL) -> a page that is ready; whatever any of them asks for must come from 127.0.0.1."""
     hosts, pages = set(), []
 
     def note(request):
         if request.url.startswith(("http", "ws")):
             hosts.add(urlsplit(request.url).hostname)
 
-    def open_one(demo: Demo):
+    def open_one(demo):
         page = browser.new_page()
-        page.goto(demo.url)
+        page.goto(demo if isinstance(demo, str) else demo.url)
         expect(page.locator("#ask")).to_be_visible()
         pages.append(page)
         return page
@@ -192,6 +194,27 @@ def ask(page, instruction: str, input: str = "", max_new_tokens: int | None = No
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One model.
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(demos, open_page):
+    """Gradio's own way is the other one round, and no word on the page said how to send."""
+    page = open_page(demos[0])
+    expect(page.locator("#keys")).to_have_text("Enter sends, Shift+Enter breaks the line.")
+    set_number(page, "max_new_tokens", 8)
+    field = box(page, "instruction")
+    field.press_sequentially("One line")
+    field.press("Shift+Enter")
+    field.press_sequentially("and another")
+    expect(field).to_have_value("One line\nand another")
+    page.wait_for_timeout(500)
+    assert shown(page) == "" and status(page).inner_text().strip() == ""
+    field.press("Enter")
+    expect(status(page)).to_contain_text("8 tokens")
+    expect(field).to_have_value("One line\nand another")
+    box(page, "input").fill("an input")
+    box(page, "input").press("Enter")
+    expect(page.locator("#retry")).to_be_disabled()
+    expect(page.locator("#retry")).to_be_enabled()
 
 
 def test_streams_stops_and_retries(demos, open_page):
@@ -244,14 +267,20 @@ def test_beams_come_in_one_piece(demos, open_page):
 
 
 def test_examples_and_clear(demos, open_page):
-    """An example that fills only one box would ask about an input that is not there."""
+    """An example that fills only one box would ask about an input that is not there; beside the answer to another
+    question it would look answered."""
     page = open_page(demos[0])
+    ask(page, "Say something.", max_new_tokens=8)
+    expect(status(page)).to_contain_text("8 tokens")
     seeds = {row["name"]: row for row in read_jsonl(ROOT / "seed_tasks.jsonl")}
     expect(page.locator("#examples button")).to_have_count(12)
     with_input, without = seeds["building_site_sign"], seeds["bus_stop_haiku"]
     page.locator("#examples button", has_text=with_input["instruction"]).click()
     expect(box(page, "instruction")).to_have_value(with_input["instruction"])
     expect(box(page, "input")).to_have_value(with_input["instances"][0]["input"])
+    expect(box(page, "answer_0")).to_have_value("")
+    expect(status(page)).to_have_text("")
+    expect(page.locator("#retry")).to_be_disabled()
     page.locator("#examples button", has_text=without["instruction"]).click()
     expect(box(page, "instruction")).to_have_value(without["instruction"])
     expect(box(page, "input")).to_have_value("")
@@ -272,10 +301,10 @@ def test_length_limit(demos, open_page):
     page = open_page(demos[0])
     ask(page, "Sum up.", "word " * 70)
     message = "instruction and input have 357 characters, and this demo takes 300"
-    expect(page.get_by_text(message)).to_be_visible()
+    expect(page.get_by_text(message).first).to_be_visible()
     assert shown(page) == ""
     ask(page, "  ")
-    expect(page.get_by_text("Type an instruction first.")).to_be_visible()
+    expect(page.get_by_text("Type an instruction first.").first).to_be_visible()
     ask(page, "Sum up.", "word", max_new_tokens=8)
     expect(status(page)).to_contain_text("8 tokens")
     assert page.get_by_text(message).count() == 0
@@ -288,9 +317,9 @@ def test_filter(demos, open_page):
     expect(status(page)).to_have_text("This demo does not guess lottery numbers.")
     assert shown(page) == ""
     ask(page, "Please explode quietly.")
-    expect(status(page)).to_have_text(live_answers.FILTER_FAILED)
+    expect(status(page)).to_have_text(moderation.FILTER_FAILED)
     ask(page, "Say something.", "odd")
-    expect(status(page)).to_have_text(live_answers.REFUSED)
+    expect(status(page)).to_have_text(moderation.REFUSED)
     ask(page, "Refuse this later.", max_new_tokens=LONGEST)
     expect(status(page)).to_have_text("This demo has thought better of it.")
     expect(box(page, "answer_0")).to_have_value("")
@@ -301,23 +330,103 @@ def test_filter(demos, open_page):
 
 
 def test_queue_limit_and_closed_tabs(demos, open_page):
-    """One answer at a time, one waits, the next is turned away; Stop leaves the queue, a closed tab ends its answer."""
+    """One answer at a time; one waits and is told how long; the next is turned away; Stop leaves the line, and a closed
+    tab ends its answer."""
     running, waiting, third = (open_page(demos[0]) for _ in range(3))
     ask(running, "First.", max_new_tokens=LONGEST)
     wait_for_growth(running)
     ask(waiting, "Second.", max_new_tokens=LONGEST)
-    expect(waiting.locator("#answer_0").get_by_text("queue")).to_be_visible()
+    expect(status(waiting)).to_have_text(
+        re.compile(r"Waiting: 1 question is before yours, at most about \d+ (s|minutes)\.")
+    )
     ask(third, "Third.", max_new_tokens=8)
-    expect(third.get_by_text("currently busy. Please try again")).to_be_visible()
+    expect(status(third)).to_have_text("Busy: 1 questions are waiting already. Please try again in a minute.")
     waiting.click("#stop")
-    expect(waiting.locator("#answer_0").get_by_text("queue")).to_have_count(0)
+    expect(status(waiting)).to_have_text("Stopped.")
     third.click("#ask")
-    expect(third.locator("#answer_0").get_by_text("queue")).to_be_visible()
+    expect(status(third)).to_contain_text("Waiting: 1 question is before yours")
     before = len(shown(running))
     assert before and shown(waiting) == shown(third) == ""
     running.close()
     expect(status(third)).to_contain_text("8 tokens")
     assert shown(waiting) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A page on which the models say what a test wants.
+
+
+@pytest.fixture
+def scripted(monkeypatch, open_page):
+    """scripted(text) -> a page whose model answers with `text`."""
+    pages = []
+
+    def open_scripted(text: str):
+        def stream(model, tokenizer, task, sampling, stop_event):
+            yield from text
+            return Answer(text, "stop", len(text))
+
+        monkeypatch.setattr(live, "stream_answer", stream)
+        served = live.Served("scripted", "0 M", "", None, None)
+        page, _ = demo_page.build_page([served], 0.01, demo_page.Limits(300, 64, 1), None, None)
+        port = free_port()
+        demo_page.launch(page, port, share=False, max_threads=40)
+        pages.append(page)
+        return open_page(f"http://127.0.0.1:{port}")
+
+    yield open_scripted
+    for page in pages:
+        page.close(verbose=False)
+
+
+MARKDOWN = """# Fruits
+
+- **apple**
+- <b onclick="document.title = 'clicked'">pear</b>
+
+![tracker](http://example.org/pixel.png)
+<img src="http://example.org/pixel.png" onerror="document.title = 'loaded'">
+<script>document.title = 'ran'</script>
+[link](javascript:document.title='followed') ${document.title = 'template'} {{constructor}}
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def test_markdown_is_shown_on_demand_and_can_do_nothing(scripted):
+    """Lists came as raw asterisks; rendered as it stands, a model's HTML would act on the visitor's browser."""
+    page = scripted(MARKDOWN)
+    ask(page, "List fruits.")
+    expect(status(page)).to_contain_text("Complete.")
+    rendered = page.locator("#rendered_0")
+    expect(rendered).to_be_hidden()
+    expect(box(page, "answer_0")).to_have_value(MARKDOWN)
+    page.locator("#as_markdown input").check()
+    expect(rendered).to_be_visible()
+    expect(box(page, "answer_0")).to_be_hidden()
+    expect(rendered.locator("h1")).to_have_text("Fruits")
+    expect(rendered.locator("li strong")).to_have_text("apple")
+    expect(rendered.locator("td")).to_have_count(2)
+    for tag in ("img", "script", "b", "a[href^=javascript]"):
+        expect(rendered.locator(tag)).to_have_count(0)
+    expect(rendered).to_contain_text("${document.title = 'template'} {{constructor}}")
+    assert page.title() == "Alpaca demo"
+    page.locator("#as_markdown input").uncheck()
+    expect(rendered).to_be_hidden()
+    expect(box(page, "answer_0")).to_be_visible()
+
+
+@pytest.mark.parametrize(("width", "open_at_first"), [(1280, True), (360, False)])
+def test_settings_are_folded_on_a_phone(scripted, browser, width, open_at_first):
+    """On a phone the sliders stood between the question and its answer."""
+    page = scripted("x")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.reload()
+    expect(page.locator("#temperature")).to_be_visible(visible=open_at_first)
+    page.locator("#settings > button").click()
+    expect(page.locator("#temperature")).to_be_visible(visible=not open_at_first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,6 +522,18 @@ def test_the_page_tells_where_a_model_is_from(tmp_path):
     assert describe_origin("embedded")[1] == "Apache-2.0"
 
 
+@pytest.mark.parametrize(("paths", "names"), [
+    (["/a/run/checkpoint-5", "/b/run/checkpoint-5"], ["a/run/checkpoint-5", "b/run/checkpoint-5"]),
+    (["/a/out/model", "/a/base/model"], ["out/model", "base/model"]),
+    (["x/model", "y/z/x/model"], ["x/model", "z/x/model"]),
+    (["same/model", "same/model"], ["same/model (1)", "same/model (2)"]),
+    (["embedded", "./alpaca-7b"], ["SmolLM2-135M-Instruct", "alpaca-7b"]), (["model"], ["model"]),
+])  # fmt: skip
+def test_models_of_the_same_name_are_told_apart(paths, names):
+    """Two checkpoints of the same last two folders had the same heading."""
+    assert display_names(paths) == names
+
+
 def test_flags_are_checked_before_a_model_is_loaded(run_script, tmp_path):
     """A busy port or a misspelt filter must not cost a model's loading time, nor end in a traceback."""
     (tmp_path / "broken.py").write_text("import no_such_thing\n", encoding="utf-8")
@@ -428,6 +549,6 @@ def test_flags_are_checked_before_a_model_is_loaded(run_script, tmp_path):
             (["--max_queue", 0], "at least 1"),
             (["--comparee", "x"], "Did you mean --compare?"),
         ):
-            done = run_script(ROOT / "demo.py", "--model_name_or_path", "nowhere/x", *flags, status=2, cwd=tmp_path)
+            done = run_script(ROOT / "demo.py", "--model_name_or_path", "embedded", *flags, status=2, cwd=tmp_path)
             assert message in done.stderr and "Traceback" not in done.stderr
             assert "loading" not in done.stdout
