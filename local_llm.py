@@ -15,18 +15,16 @@ serve` 5.23.0 gave 28 with continuous batching in bfloat16, 20 in float32 and 6 
 load was not recorded: slower, by a factor that these figures do not settle.
 """
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpaca.answers.gguf import find_gguf, load_gguf
+from alpaca.answers.model_paths import find_gguf
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_dir, atomic_write
@@ -35,61 +33,6 @@ from alpaca.common.run_record import run_record
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The server.
-
-
-@contextlib.contextmanager
-def serve_in_background(
-    gguf: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    parallel: int = 8,
-    context: int = 4096,
-    threads: int | None = None,
-) -> Iterator[str]:
-    """Serves a GGUF model from threads of this process while the block runs; yields the base URL, with its /v1.
-
-    The block must not end before its last request has been answered.
-
-    Arguments as for `serve`. Raises UserError where the port is taken, or the file cannot be loaded.
-    """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise UserError("serving needs xllamacpp. Type: pip install -r requirements-quickstart.txt") from error
-
-    path = find_gguf(gguf)
-    port = free_port(port, host) if port else 0
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias = str(path), {path.stem}
-    params.hostnames, params.port = [host], port
-    params.n_parallel, params.n_ctx = parallel, parallel * context
-    # One thread for each core that this process may use. More than cores is many times slower: they wait in turns.
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or len(os.sched_getaffinity(0))
-    params.verbosity = 1  # errors only
-    # Each slot keeps its last prompt, so a shared beginning is read once. The pool beyond that would grow to 8 GB.
-    params.cache_ram_mib = 0
-    # By default any web page may read the answers, and /slots shows what others asked.
-    params.cors_origins, params.ui, params.endpoint_slots = f"http://{host}", False, False
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise UserError(f"llama.cpp could not serve {path} on {host}:{port}; its reason is above.") from error
-    base_url = f"{server.listening_address}/v1"
-    try:
-        _ask_once(base_url, path.stem)
-        yield base_url
-    finally:
-        del server  # its destructor ends its threads and frees the port
-
-
-def _ask_once(base_url: str, model: str) -> None:
-    """Ready means that an answer has come, not that a socket is open."""
-    body = json.dumps({"model": model, "prompt": "1 2 3", "max_tokens": 1}).encode()
-    request = urllib.request.Request(f"{base_url}/completions", body, {"Content-Type": "application/json"})
-    # No proxy of the environment stands between a machine and itself.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=600) as reply:
-        json.load(reply)["choices"][0]["text"]
 
 
 def serve(
@@ -115,11 +58,10 @@ def serve(
         threads: default: the cores that this process may use.
         ready_file: a file that gets the base URL once it answers, and is removed at the end; for scripts.
     """
-    for name, value in (("parallel", parallel), ("context", context)):
-        if not isinstance(value, int) or value < 1:
-            raise UserError(f"--{name} must be a whole number from 1 on, not {value!r}")
-    if not isinstance(port, int) or not 0 <= port < 65536:
-        raise UserError(f"--port must be a whole number from 0 to 65535, not {port!r}")
+    if min(parallel, context, threads or 1) < 1:
+        raise UserError("--parallel, --context and --threads must be at least 1.")
+    path = find_gguf(gguf)
+    port = free_port(port, host) if port else 0
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: --host {host} lets other machines in, without a key or encryption.", file=sys.stderr)
 
@@ -127,19 +69,55 @@ def serve(
     # Both set by hand: a shell that starts this with & lets it ignore Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with serve_in_background(gguf, host, port, parallel, context, threads) as base_url:
-        print(f"ready: {base_url} serves {find_gguf(gguf).stem}, {parallel} requests at once", flush=True)
-        try:
-            if ready_file:
-                with atomic_write(ready_file) as stream:
-                    stream.write(base_url + "\n")
-            stop.wait()
-        finally:
-            if ready_file:
-                Path(ready_file).unlink(missing_ok=True)
-        print("stopped", flush=True)
-        # llama.cpp's destructor waits for ever where an answer is under way. Leaving frees threads and port at once.
-        os._exit(0)
+    # More threads than cores are many times slower: they wait in turns.
+    server = start_llama_server(path, host, port, parallel, context, threads or len(os.sched_getaffinity(0)))
+    base_url = f"{server.listening_address}/v1"
+    ask_once(base_url, path.stem)
+    print(f"ready: {base_url} serves {path.stem}, {parallel} requests at once", flush=True)
+    try:
+        if ready_file:
+            with atomic_write(ready_file) as stream:
+                stream.write(base_url + "\n")
+        stop.wait()
+    finally:
+        if ready_file:
+            Path(ready_file).unlink(missing_ok=True)
+    print("stopped", flush=True)
+    # llama.cpp's destructor waits for ever where an answer is under way. Leaving frees threads and port at once.
+    os._exit(0)
+
+
+def start_llama_server(gguf: Path, host: str, port: int, parallel: int, context: int, threads: int) -> Any:
+    """llama.cpp's server in threads of this process. Raises UserError where it cannot load the file or listen."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise UserError("serving needs xllamacpp. Type: pip install -r requirements-quickstart.txt") from error
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias = str(gguf), {gguf.stem}
+    params.hostnames, params.port = [host], port
+    params.n_parallel, params.n_ctx = parallel, parallel * context
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = 1  # errors only
+    # Each slot keeps its last prompt, so a shared beginning is read once. The pool beyond that would grow to 8 GB.
+    params.cache_ram_mib = 0
+    # By default any web page may read the answers, and /slots shows what others asked.
+    params.cors_origins, params.ui, params.endpoint_slots = f"http://{host}", False, False
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise UserError(f"llama.cpp could not serve {gguf} on {host}:{port}; its reason is above.") from error
+
+
+def ask_once(base_url: str, model: str) -> None:
+    """Returns when the server has answered: an open socket does not say that the model is loaded."""
+    body = json.dumps({"model": model, "prompt": "1 2 3", "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{base_url}/completions", body, {"Content-Type": "application/json"})
+    # No proxy of the environment stands between a machine and itself.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=600) as reply:
+        json.load(reply)["choices"][0]["text"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +128,7 @@ def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", 
     """Writes a GGUF model as a plain Hugging Face checkpoint that AutoModelForCausalLM and AutoTokenizer load.
 
     The folder appears only when every tensor has been read back and compared. Raises UserError where it already holds
-    something, or the file is of a kind that transformers cannot read.
+    something, or the file is damaged or of a kind that transformers cannot read.
 
     Args:
         output_dir: the new folder; 540 MB in float32 and 270 MB in bfloat16 for the embedded model.
@@ -163,43 +141,14 @@ def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", 
     path = find_gguf(gguf)
     settings = {"output_dir": output_dir, "gguf": str(path), "dtype": dtype, "overwrite": overwrite}
     with atomic_dir(output_dir, overwrite) as folder, run_record(folder, settings, [path]) as record:
-        import torch
+        from alpaca.answers.gguf_export import export
 
-        try:
-            model, tokenizer = load_gguf(path, getattr(torch, dtype))
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise UserError(f"transformers cannot read {path}: {error}") from error
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        weights = folder / "model.safetensors"
-        if weights.exists():  # safetensors makes it readable by its owner alone
-            weights.chmod((folder / "config.json").stat().st_mode & 0o777)
-        check_export(folder, model, tokenizer)
-        record["parameters"] = sum(p.numel() for p in model.parameters())
+        record["parameters"] = export(path, folder, dtype)
     size = sum(file.stat().st_size for file in Path(output_dir).iterdir())
     print(
         f"{output_dir}: {path.stem}, {record['parameters']:,} parameters in {dtype}, {size / 1e6:.0f} MB, "
         f"every tensor read back and equal, {record['seconds']:.0f} s"
     )
-
-
-def check_export(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Loads the checkpoint in `folder` as a stranger would; RuntimeError where it is not `model`, bit for bit."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    written, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    if problems := {what: names for what, names in report.items() if names}:
-        raise RuntimeError(f"the exported checkpoint does not load cleanly: {problems}")
-    expected, found = model.state_dict(), written.state_dict()
-    if expected.keys() != found.keys():
-        raise RuntimeError(f"the exported checkpoint has other tensors: {sorted(expected.keys() ^ found.keys())[:5]}")
-    for name, tensor in expected.items():
-        if tensor.dtype != found[name].dtype or not torch.equal(tensor, found[name]):
-            raise RuntimeError(f"the exported tensor {name} differs from the one in memory")
-    probe = "In 1920,\n\n12 don't,  und\tnaïve 中文 🙂.\n### Response:" + (tokenizer.eos_token or "")
-    if AutoTokenizer.from_pretrained(folder)(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
-        raise RuntimeError("the exported tokenizer encodes differently from the one in memory")
 
 
 def print_path(gguf: str | None = None) -> None:
