@@ -13,20 +13,19 @@ Task files: this project's, alpaca_data.json, Self-Instruct's 252 user-oriented 
 AlpacaEval's annotations.json too.
 """
 
-import asyncio
-import hashlib
-import json
+import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from alpaca.answers.model_paths import check_model
+from alpaca.answers.pairs import load_answers, pair_answers
+from alpaca.answers.sampling import Sampling
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
-from alpaca.common.files import jdump, jload, refuse_existing
-from alpaca.common.prompt import format_prompt
+from alpaca.common.files import atomic_write, jdump, jload, refuse_existing
 from alpaca.common.run_record import run_record
 from alpaca.common.tasks import load_tasks
+from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Answers.
@@ -55,6 +54,8 @@ def answer(
 ):
     """Answers every task of a file with a local model or a served one; goes on where a killed run stopped.
 
+    Under torchrun each process answers its share of the rows with a local model of its own.
+
     Args:
         data_path: The tasks, JSON or JSONL.
         output_path: The answer file, .json or .jsonl.
@@ -78,109 +79,43 @@ def answer(
     """
     if (model_name_or_path is None) == (model is None):
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
+    if api not in ("chat", "completions"):
+        raise UserError(f"--api must be chat or completions, found {api!r}.")
+    if min(batch_size, max_concurrency, limit or 1) < 1:
+        raise UserError("--batch_size, --max_concurrency and --limit must be at least 1.")
+    if model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("one process asks a server, --max_concurrency requests at a time: leave out torchrun.")
+    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     tasks = load_tasks(data_path, require_output=False)[:limit]
-    if model_name_or_path is not None:
-        from alpaca.answers.answer_file import answer_tasks
-        from alpaca.answers.answering import Sampling
-        from alpaca.answers.loading import quiet_bars
+    if model:
+        from alpaca.answers.server_answers import write_server_answers
 
-        quiet_bars()
-        figures = answer_tasks(
-            model_name_or_path, tasks, output_path, Sampling(max_new_tokens, temperature, top_p, num_beams, seed),
-            batch_size, device, dtype, adapter, overwrite, generator, data_path,
-        )  # fmt: skip
-        rate = f"{figures['tokens_per_second']} tokens/s"
-    else:
-        if api not in ("chat", "completions"):
-            raise UserError(f"--api must be chat or completions, found {api!r}.")
         settings = {
             "model": model, "base_url": base_url, "api": api, "max_new_tokens": max_new_tokens,
-            "temperature": temperature, "top_p": top_p, "rows": len(tasks),
-            "tasks": hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest(),
+            "temperature": temperature, "top_p": top_p,
         }  # fmt: skip
-        figures = _answer_from_server(
-            tasks, settings, Path(output_path), max_concurrency, generator or model, overwrite, data_path
+        figures = write_server_answers(
+            tasks, output_path, [data_path], settings, generator or model, max_concurrency, overwrite
         )
         cost = "cost unknown" if figures["cost_usd"] is None else f"${figures['cost_usd']:.4f}"
         rate = f"{figures['tokens']['completion']} tokens, {cost}"
+    else:
+        check_model(model_name_or_path, adapter)
+
+        from alpaca.answers.answer_file import AnswerJob, write_answers
+
+        job = AnswerJob(model_name_or_path, tasks, sampling, batch_size, device, dtype, adapter, generator)
+        figures = write_answers(job, output_path, [data_path], overwrite)
+        if figures is None:
+            return
+        rate = f"{figures['tokens_per_second']} tokens/s"
     print(
         f"{output_path}: {len(tasks)} answers, {figures['answers']} of them now in {figures['seconds']:.1f} s, {rate}."
     )
 
 
-def _answer_from_server(
-    tasks: Sequence[dict],
-    settings: dict[str, Any],
-    output: Path,
-    max_concurrency: int,
-    generator: str,
-    overwrite: bool,
-    data_path: str,
-) -> dict[str, Any]:
-    from collections import Counter
-
-    from alpaca.common.answer_journal import AnswerJournal, answered_row
-    from alpaca.generation.client import ModelClient, RequestFailed, RequestSlots
-    from alpaca.generation.prices import find_price
-
-    model, api = settings["model"], settings["api"]
-    price, tokens, failed = find_price(model), Counter(prompt=0, completion=0), []
-
-    async def ask_all(journal: AnswerJournal) -> None:
-        client = ModelClient(
-            model,
-            settings["base_url"],
-            api,
-            temperature=settings["temperature"],
-            top_p=settings["top_p"],
-            max_tokens=settings["max_new_tokens"],
-        )
-        slots = RequestSlots(max_concurrency)
-
-        async def ask(row: int, task: dict) -> None:
-            text = "\n\n".join(part for part in (task["instruction"], task["input"]) if part.strip())
-            async with slots:
-                try:
-                    reply = await client.ask(format_prompt(task) if api == "completions" else text)
-                except RequestFailed as error:
-                    failed.append((row, str(error)))
-                    return
-                length = reply.usage["completion"]
-                journal.add({row: {"text": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": length}})
-            tokens.update(reply.usage)
-
-        try:
-            await slots.run(ask(row, task) for row, task in enumerate(tasks) if row not in journal.answers)
-        finally:
-            await client.close()
-
-    begin = time.monotonic()
-    with (
-        AnswerJournal(output, settings, overwrite) as journal,
-        run_record(output.parent, settings, [data_path], f"{output.stem}.run.json") as record,
-    ):
-        earlier = len(journal.answers)
-        asyncio.run(ask_all(journal))
-        record["figures"] = {
-            "answers": len(journal.answers) - earlier,
-            "tokens": dict(tokens),
-            "cost_usd": round(price.cost(tokens), 6) if price else None,
-            "seconds": round(time.monotonic() - begin, 2),
-        }
-        if failed:
-            row, reason = failed[0]
-            raise UserError(
-                f"{len(failed)} of {len(tasks)} tasks got no answer (row {row + 1}: {reason}). The others are kept in "
-                f"{journal.path}; the same command asks again for the missing ones."
-            )
-        journal.finish([answered_row(task, journal.answers[row], generator) for row, task in enumerate(tasks)])
-    return record["figures"]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Judging and reporting.
-
-SOFT_LOGPROBS = 20  # likeliest first tokens asked for with --soft: as many as OpenAI's chat gives
 
 
 def judge(
@@ -230,80 +165,45 @@ def judge(
         price_output: USD per million tokens.
         overwrite: Replace the verdicts of an earlier run in output_dir.
     """
-    from alpaca.answers import judge as judging
-    from alpaca.common.journal import Journal
-    from alpaca.generation.client import ModelClient, served_model
-    from alpaca.generation.paid_replies import PaidReplies
-    from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
-
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
-    first, second = judging.load_answers(answers_1, name_1), judging.load_answers(answers_2, name_2)
-    pairs, alone = judging.pair_answers(first, second)
+    if min(max_concurrency, max_tokens, limit or 1) < 1:
+        raise UserError("--max_concurrency, --max_tokens and --limit must be at least 1.")
+    pairs, left_out = pair_answers(load_answers(answers_1, name_1), load_answers(answers_2, name_2))
     if not pairs:
         raise UserError(f"{answers_1} and {answers_2} have no task in common (same instruction and input).")
     if pairs[0]["generator_1"] == pairs[0]["generator_2"]:
         raise UserError(f"both files' answers are by {pairs[0]['generator_1']!r}: give --name_1 and --name_2.")
-    if alone:
-        print(f"note: {alone} rows have no partner in the other file and are left out.")
+    if any(left_out.values()):
+        print(
+            f"note: left out are {left_out['only_in_1']} tasks that only {answers_1} answers, {left_out['only_in_2']} "
+            f"that only {answers_2} answers, and {left_out['repeated']} further answers to a task that one of them "
+            "answers more often than the other."
+        )
     pairs = pairs[:limit]
+
+    from alpaca.answers.judge import PROMPT_VERSION, judge_all
+    from alpaca.generation.client import served_model
+
     model = model or served_model(base_url, DEFAULT_MODEL)
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
-
     budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd)
     settings = {
-        "judge": model, "base_url": base_url, "api": api, "prompt_version": judging.PROMPT_VERSION,
+        "judge": model, "base_url": base_url, "api": api, "prompt_version": PROMPT_VERSION,
         "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,
-        "reasoning_effort": reasoning_effort, "pairs": len(pairs),
+        "reasoning_effort": reasoning_effort, "pairs": len(pairs), "left_out": left_out,
     }  # fmt: skip
-
-    async def ask():
-        client = ModelClient(
-            model,
-            base_url,
-            api,
-            temperature=temperature,
-            max_tokens=settings["max_tokens"],
-            reasoning_effort=reasoning_effort,
-            extra={"top_logprobs": SOFT_LOGPROBS} if soft else None,
-        )
-        usable = (lambda reply: reply.get("first_token")) if soft else bool
-        try:
-            with Journal(output / "judge_cache.jsonl") as cache:
-                replies = PaidReplies(client, cache, budget, judging.PROMPT_VERSION, max_concurrency, usable)
-                await client.check_model()
-                return *await judging.judge_pairs(pairs, replies), replies
-        finally:
-            await client.close()
-
-    begin = time.monotonic()
     with run_record(output, settings, [answers_1, answers_2]) as record:
-        annotations, failures, replies = asyncio.run(ask())
-        summary = {
-            **settings,
-            "base_url": replies.client.url,
-            "date": time.strftime("%Y-%m-%d"),
-            "judged": len(annotations),
-            "failures": len(failures),
-            "failure_reasons": _counts(row["failure"] for row in failures),
-            "orders": judging.agreement(annotations),
-            "replies_asked": replies.asked,
-            "replies_from_cache": replies.cached,
-            "tokens": dict(replies.tokens),
-            "cost_usd": round(budget.spent, 6) if budget.price else None,
-            "cost_usd_of_cached": round(replies.cost_of_cached, 6) if budget.price else None,
-            "seconds": round(time.monotonic() - begin, 2),
-            "server_troubles": dict(replies.client.counts),
-            "failed_pairs": failures,
-        }
+        annotations, found = judge_all(pairs, settings, output / "judge_cache.jsonl", budget, max_concurrency)
+        summary = {**settings, **found}
         jdump(summary, output / "judge.json")
         jdump(annotations, output / "annotations.json")
         record["figures"] = {key: value for key, value in summary.items() if key != "failed_pairs"}
     cost = "unknown (give --price_input and --price_output)" if not budget.price else f"${budget.spent:.4f}"
     print(
-        f"{len(annotations)} pairs judged by {model}, {len(failures)} failures; {replies.asked} replies asked, "
-        f"{replies.cached} from the cache; cost {cost}; {summary['seconds']:.1f} s"
+        f"{len(annotations)} pairs judged by {model}, {summary['failures']} failures; {summary['replies_asked']} "
+        f"replies asked, {summary['replies_from_cache']} from the cache; cost {cost}; {summary['seconds']:.1f} s"
     )
     orders = summary["orders"]
     print(
@@ -315,12 +215,6 @@ def judge(
     if not annotations:
         raise UserError(f"no pair got a verdict; the replies are in {output / 'judge.json'}.")
     print(f"next: python evaluation.py report --annotations {output_dir} --output_dir {output / 'report'}")
-
-
-def _counts(items) -> dict[str, int]:
-    from collections import Counter
-
-    return dict(Counter(items).most_common())
 
 
 def report(
@@ -348,10 +242,13 @@ def report(
         seed: Of the bootstrap.
         overwrite: Replace an earlier report in output_dir.
     """
-    from alpaca.answers import win_rate
-
     if output_dir:
         refuse_existing(Path(output_dir) / "report.json", overwrite)
+    if resamples < 1:
+        raise UserError("--resamples must be at least 1.")
+
+    from alpaca.answers import report_page, win_rate
+
     rows = win_rate.load_annotations(annotations, generator_1, generator_2)
     if tasks:
         rows = win_rate.with_categories(rows, load_tasks(tasks, require_output=False))
@@ -369,15 +266,12 @@ def report(
             f"{summary['failures']} failures not counted"
         )
     if output_dir:
-        from alpaca.answers.report_page import report_page
-        from alpaca.common.files import atomic_write
-
         settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
         inputs = [annotations, folder / "annotations.json", folder / "judge.json", tasks, instruction_difficulty]
         with run_record(output_dir, settings, [path for path in inputs if path]):
             jdump(figures, Path(output_dir) / "report.json")
             with atomic_write(Path(output_dir) / "report.html") as page:
-                page.write(report_page(figures, rows, summary))
+                page.write(report_page.report_page(figures, rows, summary))
         print(f"\n{output_dir}/report.json\n{output_dir}/report.html")
 
 
@@ -417,17 +311,21 @@ def loss(
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
         overwrite: Replace an earlier loss.json in output_dir.
     """
-    from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
-    from alpaca.answers.loading import load_model, quiet_bars
-
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
+    if min(batch_size, limit or 1, max_length, max_new_tokens) < 1:
+        raise UserError("--batch_size, --limit, --max_length and --max_new_tokens must be at least 1.")
+    models = {"base": (base, None)} if base else {}
+    models["tuned" if base else "model"] = model_name_or_path, adapter
+    for path, on_top in models.values():
+        check_model(path, on_top)
     tasks = load_tasks(data_path)[:limit]
-    quiet_bars()
+
+    from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
+    from alpaca.answers.loading import load_model
+
     results = {}
-    for name, path, on_top in (("base", base, None), ("tuned" if base else "model", model_name_or_path, adapter)):
-        if path is None:
-            continue
+    for name, (path, on_top) in models.items():
         begin = time.monotonic()
         model, tokenizer = load_model(path, device, dtype, on_top)
         results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}

@@ -1,6 +1,7 @@
 """Answer one instruction, a file of tasks, or chat in the terminal, with the prompt that the model was trained on.
 
     python inference.py --model_name_or_path ./alpaca-7b --data_path configs/eval_tasks.jsonl --output_path answers.json
+    torchrun --nproc_per_node=8 inference.py --model_name_or_path ./alpaca-7b --data_path t.json --output_path a.json
     python inference.py --model_name_or_path embedded --instruction "Name three colours." --max_new_tokens 48   # 1 min
     python inference.py chat --model_name_or_path ./alpaca-7b
     python inference.py serve --model_name_or_path ./alpaca-7b --port 8000        # an OpenAI-compatible server of it
@@ -8,26 +9,18 @@
 A model is a folder with a full checkpoint or a LoRA adapter, a GGUF file, a hub name, or the word `embedded`.
 """
 
-import contextlib
-import dataclasses
 import importlib.util
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from alpaca.answers.answer_file import answer_tasks
-from alpaca.answers.answering import Sampling, answer_batch, stream_answer
-from alpaca.answers.loading import check_model_path, load_model, quiet_bars
+from alpaca.answers.model_paths import check_model
+from alpaca.answers.sampling import Sampling
 from alpaca.common.cli import run_cli
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_dir
+from alpaca.common.files import refuse_existing
 from alpaca.common.ports import free_port
 from alpaca.common.tasks import load_tasks
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands.
 
 
 def answer(
@@ -55,9 +48,9 @@ def answer(
         model_name_or_path: A checkpoint's folder, a LoRA adapter's folder, a GGUF file, or "embedded".
         instruction: One instruction; its answer streams to the terminal.
         input: The instruction's input, if it has one.
-        data_path: A JSON or JSONL file of tasks (instruction, input) instead of one instruction.
+        data_path: A file of tasks (instruction, input) instead of one instruction.
         output_path: Where the answers to data_path go (.json or .jsonl); without it they are printed. The same
-            command goes on with an interrupted file.
+            command goes on with an interrupted file. Under torchrun each process answers its share of the rows.
         base: A second model, usually the one before fine-tuning: answers of both are printed side by side.
         adapter: A LoRA adapter's folder to put on model_name_or_path.
         limit: Only the first so many tasks of data_path.
@@ -74,75 +67,38 @@ def answer(
     sampling = _sampling(max_new_tokens, temperature, top_p, num_beams, seed)
     if (instruction is None) == (data_path is None):
         raise UserError('give --instruction "..." or --data_path FILE (or chat: python inference.py chat --help).')
+    if instruction is not None and not instruction.strip():
+        raise UserError("--instruction is blank.")
     if output_path and (base or data_path is None):
         raise UserError("--output_path takes the answers of one model to a --data_path. Leave out --base.")
-    tasks = load_tasks(data_path, require_output=False)[:limit] if data_path else [_one_task(instruction, input)]
-    quiet_bars()
-    if output_path:
-        figures = answer_tasks(
-            model_name_or_path, tasks, output_path, sampling, batch_size, device, dtype, adapter, overwrite,
-            data_path=data_path,
-        )  # fmt: skip
-        print(f"{output_path}: {len(tasks)} answers. {_rate(figures)}")
-        return
+    if not output_path and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("under torchrun, inference.py answers a --data_path into an --output_path.")
+    if batch_size < 1 or (limit is not None and limit < 1):
+        raise UserError("--batch_size and --limit must be at least 1.")
+    models = {"base": (base, None)} if base else {}
+    models["tuned" if base else "answer"] = model_name_or_path, adapter
+    for path, on_top in models.values():
+        check_model(path, on_top)
+    tasks = load_tasks(data_path, require_output=False)[:limit] if data_path else []
 
-    answers: dict[str, list[str]] = {}
-    for name, path, on_top in (("base", base, None), ("tuned" if base else "answer", model_name_or_path, adapter)):
-        if path is None:
-            continue
-        model, tokenizer = load_model(path, device, dtype, on_top)
-        if instruction is not None and base is None:
-            _print_stream(model, tokenizer, tasks[0], sampling)
-            return
-        begin, done = time.monotonic(), []
-        for start in range(0, len(tasks), batch_size):
-            rows = range(start, min(start + batch_size, len(tasks)))
-            done += answer_batch(model, tokenizer, [tasks[row] for row in rows], sampling, rows)
-        seconds = time.monotonic() - begin
-        answers[name] = [answer.text for answer in done]
-        tokens = sum(answer.tokens for answer in done)
-        figures = {"answers": len(done), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        print(f"{name}: {path}. {_rate(figures)}")
-        del model  # two large models need not fit beside each other
-    for row, task in enumerate(tasks):
-        print(f"\n[{row + 1}] {task['instruction']}")
-        if task.get("input"):
-            print(f"    input: {task['input']}")
-        for name, texts in answers.items():
-            print(f"  {name}:\n" + "\n".join("    " + line for line in texts[row].splitlines() or ["(empty)"]))
+    from alpaca.answers import answer_file, loading, terminal
+
+    if output_path:
+        job = answer_file.AnswerJob(model_name_or_path, tasks, sampling, batch_size, device, dtype, adapter)
+        if figures := answer_file.write_answers(job, output_path, [data_path], overwrite):
+            print(f"{output_path}: {len(tasks)} answers. {terminal.rate(figures)}")
+    elif instruction is not None and base is None:
+        model, tokenizer = loading.load_model(model_name_or_path, device, dtype, adapter)
+        terminal.print_stream(model, tokenizer, {"instruction": instruction, "input": input}, sampling)
+    else:
+        tasks = tasks or [{"instruction": instruction, "input": input}]
+        terminal.print_answers(models, tasks, sampling, batch_size, device, dtype)
 
 
 def _sampling(max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int | None) -> Sampling:
     if num_beams > 1 and temperature > 0:
         print("warning: beam search ignores --temperature and --top_p.", file=sys.stderr)
     return Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
-
-
-def _one_task(instruction: str, input: str) -> dict[str, str]:
-    if not instruction.strip():
-        raise UserError("--instruction is blank.")
-    return {"instruction": instruction, "input": input}
-
-
-def _rate(figures: dict[str, Any]) -> str:
-    return (
-        f"{figures['answers']} answered now: {figures['tokens']} tokens in {figures['seconds']:.1f} s, "
-        f"{figures['tokens_per_second']:.1f} tokens/s."
-    )
-
-
-def _print_stream(model, tokenizer, task: dict[str, str], sampling: Sampling) -> None:
-    settings, begin = dataclasses.asdict(sampling), time.monotonic()
-    with contextlib.closing(stream_answer(model, tokenizer, task["instruction"], task["input"], **settings)) as stream:
-        while True:
-            try:
-                print(next(stream), end="", flush=True)
-            except StopIteration as end:
-                tokens = end.value.tokens
-                break
-    print()
-    seconds = time.monotonic() - begin
-    print(f"[{tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 def chat(
@@ -162,24 +118,11 @@ def chat(
     with another seed each time.
     """
     sampling = _sampling(max_new_tokens, temperature, top_p, num_beams, seed)
-    quiet_bars()
-    model, tokenizer = load_model(model_name_or_path, device, dtype, adapter)
-    print("Type an instruction, then its input or just Enter. Ctrl-C stops an answer, Ctrl-D leaves.")
-    while True:
-        try:
-            instruction = input("\nInstruction: ")
-            context = input("Input: ") if instruction.strip() else ""
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not instruction.strip():
-            continue
-        try:
-            _print_stream(model, tokenizer, {"instruction": instruction, "input": context}, sampling)
-        except KeyboardInterrupt:
-            print(" [stopped]")
-        except UserError as error:
-            print(f"error: {error}")
+    check_model(model_name_or_path, adapter)
+
+    from alpaca.answers import loading, terminal
+
+    terminal.chat(*loading.load_model(model_name_or_path, device, dtype, adapter), sampling)
 
 
 def serve(
@@ -192,12 +135,12 @@ def serve(
 ):
     """Serves a checkpoint over the OpenAI API on 127.0.0.1, with vLLM where it is installed, else transformers serve.
 
-    Clients name the model by the path given here. Completions take the training prompt as it is; chat works with the
-    template that train.py saves in the tokenizer.
+    Clients name the model by the path given here, which the server lists. Completions take the training prompt as it
+    is; chat works with the template that train.py saves in the tokenizer.
 
     Args:
         model_name_or_path: A checkpoint's folder, or an adapter's with --merged_dir.
-        port: On 127.0.0.1 only.
+        port: On 127.0.0.1 only; 0 takes a free one.
         backend: vllm or transformers; by default vllm where it is installed.
         adapter: A LoRA adapter's folder to put on model_name_or_path.
         merged_dir: Servers take full checkpoints: where an adapter, a GGUF file or "embedded" is written as one.
@@ -209,43 +152,21 @@ def serve(
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: pip install vllm, or --backend transformers.")
     port = free_port(port)
-
+    check_model(model_name_or_path, adapter)
     needs_merge = adapter or not (Path(model_name_or_path) / "config.json").is_file()
+    if needs_merge and merged_dir is None:
+        raise UserError(f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one.")
     if needs_merge:
-        if merged_dir is None:
-            raise UserError(
-                f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one."
-            )
-        if (Path(merged_dir) / "config.json").is_file():
-            raise UserError(
-                f"{merged_dir} holds a checkpoint already. To serve that: --model_name_or_path {merged_dir} alone; to "
-                "merge again choose another --merged_dir."
-            )
-        _write_merged(model_name_or_path, adapter, dtype, merged_dir)
-        model_name_or_path = merged_dir
-    else:
-        check_model_path(model_name_or_path)  # refuses a weight diff
+        refuse_existing(merged_dir)
 
-    if backend == "transformers":
-        from huggingface_hub.constants import HF_HUB_CACHE
+    from alpaca.answers import openai_server
 
-        # Its list of models scans the hub's cache and fails where there is none yet.
-        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-    if backend == "vllm":
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model_name_or_path]
-    else:
-        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", model_name_or_path]
-    command += ["--host", "127.0.0.1", "--port", str(port)] + (["--dtype", dtype] if dtype else [])
-    print(f"{' '.join(command)}\nmodel name for clients: {model_name_or_path}   base URL: http://127.0.0.1:{port}/v1")
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
-def _write_merged(path: str, adapter: str | None, dtype: str | None, merged_dir: str) -> None:
-    with atomic_dir(merged_dir) as folder:
-        model, tokenizer = load_model(path, "cpu", dtype, adapter)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    if needs_merge:
+        openai_server.write_full_checkpoint(model_name_or_path, adapter, dtype, merged_dir)
+    path = merged_dir if needs_merge else model_name_or_path
+    print(f"model name for clients: {path}   base URL: http://127.0.0.1:{port}/v1", flush=True)
+    run = openai_server.serve_with_vllm if backend == "vllm" else openai_server.serve_with_transformers
+    run(path, port, dtype)
 
 
 if __name__ == "__main__":

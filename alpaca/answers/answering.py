@@ -1,9 +1,7 @@
 """From instructions to answers: the training prompt, left-padded batches, seeded sampling, streaming.
 
-Not a command; inference.py, evaluation.py and demo.py import it.
-
-    answers = answer_batch(model, tokenizer, tasks, Sampling(max_new_tokens=256))
-    for piece in stream_answer(model, tokenizer, "Name three colours."): print(piece, end="")
+answers = answer_batch(model, tokenizer, tasks, Sampling(max_new_tokens=256))
+for piece in stream_answer(model, tokenizer, tasks[0], Sampling()): print(piece, end="")
 """
 
 import dataclasses
@@ -14,35 +12,19 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from alpaca.answers.loading import not_finite
+from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How answers are generated: greedily at temperature 0, sampled above; with several beams by beam search.
-
-    Sampling draws from a generator of its own for each row, seeded with `seed` (None: another each time) and the row's
-    number: an answer does not depend on the batch it is generated in. Beam search is deterministic: temperature and
-    top_p have no part in it.
-    """
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    seed: int | None = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1 or self.num_beams < 1:
-            raise UserError("--max_new_tokens and --num_beams must be at least 1.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature must be 0 (greedy) or more, --top_p above 0 and at most 1.")
+from alpaca.training.data import encode_prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """`text` without blanks at its ends; `finish_reason`: stop, length, or prompt_too_long (then the text is empty)."""
+    """`text` without blanks at its ends; `finish_reason`: stop, or length where no token more was allowed; `tokens`."""
 
     text: str
     finish_reason: str
@@ -51,8 +33,6 @@ class Answer:
 
 def prompt_ids(tokenizer, task: dict[str, Any]) -> list[int]:
     """Token ids of a task's prompt, as training sees them: with BOS where the tokenizer puts one, never with EOS."""
-    from alpaca.training.data import encode_prompts
-
     return encode_prompts(tokenizer, [format_prompt(task)])[0]
 
 
@@ -67,8 +47,23 @@ def decode_answer(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
 
 def room_for_answer(model, prompt: Sequence[int], max_new_tokens: int) -> int:
     """How many tokens may follow `prompt`: `max_new_tokens`, or what the model's context leaves (0 or less: none)."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model)
     return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+
+
+def context_of(model) -> int | None:
+    """The most tokens of prompt and answer together; None for a model without such a limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def refuse_long_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises UserError, naming up to ten rows, where a prompt leaves no token for an answer in the model's context."""
+    long = [f"row {row} ({len(p):,} tokens)" for row, p in enumerate(prompts, 1) if room_for_answer(model, p, 1) < 1]
+    if long:
+        raise UserError(
+            f"{len(long)} of {len(prompts)} prompts leave no room for an answer in the model's context of "
+            f"{context_of(model):,} tokens: {', '.join(long[:10])}{', ...' if len(long) > 10 else ''}. Shorten them."
+        )
 
 
 def answer_batch(
@@ -77,13 +72,12 @@ def answer_batch(
     """Answers `tasks` in one left-padded batch. `row_numbers` (default 0, 1, ...) seed each row's sampling.
 
     In float32 greedy answers equal those given one at a time; in half precision a sum taken over another width may
-    round otherwise and tip a near tie between two tokens.
+    round otherwise and tip a near tie between two tokens. Raises UserError where a prompt leaves no room for an answer,
+    and where the model's scores are not finite.
     """
     prompts = [prompt_ids(tokenizer, task) for task in tasks]
-    room = min(room_for_answer(model, prompt, sampling.max_new_tokens) for prompt in prompts)
-    if room < 1:
-        raise UserError(f"a prompt of {max(map(len, prompts))} tokens leaves no room for an answer in this model.")
-    rows = generate(model, prompts, sampling, room, row_numbers or range(len(prompts)))
+    refuse_long_prompts(model, prompts)
+    rows = generate(model, prompts, sampling, row_numbers or range(len(prompts)))
     return [
         Answer(decode_answer(tokenizer, prompt, new), "stop" if stopped else "length", len(new) + stopped)
         for prompt, (new, stopped) in zip(prompts, rows, strict=True)
@@ -94,19 +88,15 @@ def generate(
     model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    max_new_tokens: int,
     row_numbers: Sequence[int],
     streamer: Any = None,
-    stopped: Callable[[], bool] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[tuple[list[int], bool]]:
     """Token ids that follow each prompt, up to the end token (left out), and whether that was reached.
 
     `prompts`: token ids, a list a row, padded on the left here with a mask of their lengths. `stopped` is asked after
     every token and ends all rows.
     """
-    import torch
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
     settings, width = model.generation_config, max(map(len, prompts))
     ids = torch.full((len(prompts), width), settings.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -114,17 +104,22 @@ def generate(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
 
+    def check_scores(input_ids, scores):
+        if not torch.isfinite(scores.amax(-1)).all():
+            raise not_finite(model)
+        return scores
+
     def ask_stopped(input_ids, scores, **_):
         return torch.full((input_ids.shape[0],), stopped(), dtype=torch.bool, device=input_ids.device)
 
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=min(room_for_answer(model, prompt, sampling.max_new_tokens) for prompt in prompts),
         do_sample=False,
         num_beams=sampling.num_beams,
-        logits_processor=LogitsProcessorList(_samplers(sampling, row_numbers)),
-        stopping_criteria=StoppingCriteriaList([ask_stopped] if stopped else []),
+        logits_processor=LogitsProcessorList([check_scores, *_samplers(sampling, row_numbers)]),
+        stopping_criteria=StoppingCriteriaList([ask_stopped]),
         streamer=streamer,
     )
     rows = []
@@ -138,8 +133,6 @@ def _samplers(sampling: Sampling, row_numbers: Sequence[int]) -> list:
     """What to do to the scores so that their largest is a sample (nothing for greedy and beam search)."""
     if sampling.temperature == 0 or sampling.num_beams > 1:
         return []
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
-
     chain = [TemperatureLogitsWarper(float(sampling.temperature)), _GumbelNoise(sampling.seed, row_numbers)]
     if sampling.top_p < 1:
         chain.insert(1, TopPLogitsWarper(float(sampling.top_p)))
@@ -157,11 +150,9 @@ class _GumbelNoise:
         self.seeds = [
             int.from_bytes(hashlib.sha256(f"{entropy}:{row}".encode()).digest()[:7], "big") for row in row_numbers
         ]
-        self.generators: list = []
+        self.generators: list[torch.Generator] = []
 
-    def __call__(self, input_ids, scores):
-        import torch
-
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.generators:
             self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
         noise = torch.empty_like(scores)
@@ -170,54 +161,42 @@ class _GumbelNoise:
         return scores - noise.log()
 
 
-class _TokenFeed:
+class _TokenStream:
     """A streamer for generate(): passes on new token ids as they come, without the prompt."""
 
-    def __init__(self, put: Callable[[list[int]], None]):
-        self.put_new, self.prompt_seen = put, False
+    def __init__(self, pass_on: Callable[[list[int]], None]):
+        self.pass_on, self.prompt_seen = pass_on, False
 
-    def put(self, value):
+    def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
-            self.put_new(value.flatten().tolist())
+            self.pass_on(value.flatten().tolist())
         self.prompt_seen = True
 
-    def end(self):
+    def end(self) -> None:
         pass
 
 
 def stream_answer(
-    model,
-    tokenizer,
-    instruction: str,
-    input: str = "",
-    max_new_tokens: int = 512,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    num_beams: int = 1,
-    seed: int | None = None,
-    stop_event: threading.Event | None = None,
+    model, tokenizer, task: dict[str, Any], sampling: Sampling, stop_event: threading.Event | None = None
 ) -> Generator[str, None, Answer]:
     """Yields an answer in pieces of text as its tokens come; joined they are the text that `answer_batch` gives.
 
     With several beams nothing is certain before the end, so the answer comes in one piece. Generation ends early when
     `stop_event` is set or the iterator is closed. The generator returns the whole as an Answer (StopIteration.value).
-    Raises UserError where the prompt leaves no room for an answer.
+    Raises UserError as `answer_batch` does.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
-    prompt = prompt_ids(tokenizer, {"instruction": instruction, "input": input})
-    room = room_for_answer(model, prompt, max_new_tokens)
-    if room < 1:
-        raise UserError(f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in this model.")
+    prompt = prompt_ids(tokenizer, task)
+    refuse_long_prompts(model, [prompt])
     events: queue.SimpleQueue = queue.SimpleQueue()
     closed = threading.Event()
 
     def stopped() -> bool:
         return closed.is_set() or (stop_event is not None and stop_event.is_set())
 
-    def work():
+    def work() -> None:
         try:
-            feed = _TokenFeed(events.put) if num_beams == 1 else None
-            events.put(generate(model, [prompt], sampling, room, [0], feed, stopped)[0])
+            tokens = _TokenStream(events.put) if sampling.num_beams == 1 else None
+            events.put(generate(model, [prompt], sampling, [0], tokens, stopped)[0])
         except BaseException as error:
             events.put(error)
 
@@ -231,11 +210,10 @@ def stream_answer(
             if isinstance(event, BaseException):
                 raise event
             done = isinstance(event, tuple)
-            new = (
-                event[0]
-                if done
-                else new + [token for token in event if token not in model.generation_config.eos_token_id]
-            )
+            if done:
+                new = event[0]
+            else:
+                new += [token for token in event if token not in model.generation_config.eos_token_id]
             text = decode_answer(tokenizer, prompt, new)
             # A character of several bytes may still be incomplete.
             if len(text) > len(sent) and (done or not text.endswith("\ufffd")):

@@ -1,14 +1,21 @@
 """Loss of a model on tasks that it was not trained on, and ROUGE-L of its answers against the references.
 
-Not a command; `python evaluation.py loss` is.
-
-    figures = held_out_loss(model, tokenizer, load_tasks("configs/eval_tasks.jsonl"))
+figures = held_out_loss(model, tokenizer, load_tasks("configs/eval_tasks.jsonl"))
 """
 
 import math
 import tempfile
 from collections.abc import Sequence
 from typing import Any
+
+from rapidfuzz.distance import LCSseq
+
+from alpaca.answers.answering import answer_batch
+from alpaca.answers.loading import not_finite
+from alpaca.answers.sampling import Sampling
+from alpaca.generation.rouge import rouge_tokens
+from alpaca.training.data import PaddedCollator, tokenize_dataset
+from alpaca.training.held_out import loss_on_dataset
 
 
 def held_out_loss(
@@ -17,15 +24,15 @@ def held_out_loss(
     """Loss and perplexity of the outputs' tokens and their end token, over all tokens of all rows.
 
     Tokens, labels and truncation are those of training. Returns loss, perplexity, tokens, rows, and
-    rows_without_response (rows whose prompt leaves no token of the output within `max_length`).
+    rows_without_response (rows whose prompt leaves no token of the output within `max_length`). Raises UserError where
+    the loss is not finite.
     """
-    from alpaca.training.data import PaddedCollator, tokenize_dataset
-    from alpaca.training.held_out import loss_on_dataset
-
     with tempfile.TemporaryDirectory() as folder:
         rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
         collate = PaddedCollator(model.generation_config.pad_token_id)
         found = loss_on_dataset(model, rows, collate, batch_size, model.device)
+    if not math.isfinite(found["loss"]):
+        raise not_finite(model)
     return {
         "loss": found["loss"],
         "perplexity": math.exp(found["loss"]),
@@ -37,10 +44,6 @@ def held_out_loss(
 
 def rouge_l(text: str, reference: str) -> float:
     """ROUGE-L F1 of a text against its reference: rouge_score's tokens without stemming (Lin 2004)."""
-    from rapidfuzz.distance import LCSseq
-
-    from alpaca.generation.rouge import rouge_tokens
-
     words, wanted = rouge_tokens(text), rouge_tokens(reference)
     common = LCSseq.similarity(words, wanted)
     return 2 * common / (len(words) + len(wanted)) if common else 0.0
@@ -51,8 +54,6 @@ def rouge_of_answers(
 ) -> dict[str, Any]:
     """Mean ROUGE-L F1 of greedy answers against the tasks' outputs, the answers' mean length in tokens, and
     the share of them that ended before `max_new_tokens`."""
-    from alpaca.answers.answering import Sampling, answer_batch
-
     sampling, answers = Sampling(max_new_tokens), []
     for start in range(0, len(tasks), batch_size):
         answers += answer_batch(model, tokenizer, tasks[start : start + batch_size], sampling)

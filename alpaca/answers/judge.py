@@ -1,24 +1,30 @@
 """Which of two answers is better, asked of a judge model in both orders, with every paid reply kept on disk.
 
-Not a command; `python evaluation.py judge` is. A pair is shown to the judge twice, each answer once in first place,
+A pair is shown to the judge twice, each answer once in first place,
 because judges favour a place: a verdict counts where both orders agree, and disagreement is a tie. A reply that names
 no answer and a request that fails are failures: counted and listed, never guessed. Instead of its word, the
 probabilities that the judge gives to the words can count (soft verdicts), averaged over both orders: then a small
 judge that always says the same word still shows which answer makes it less sure.
 """
 
-import collections
+import asyncio
 import math
 import re
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.answers.win_rate import category_of
+from tqdm import tqdm
+
 from alpaca.common.errors import UserError
-from alpaca.common.tasks import load_tasks
-from alpaca.generation.client import RequestFailed
+from alpaca.common.journal import Journal
+from alpaca.generation.client import ModelClient, RequestFailed
 from alpaca.generation.paid_replies import PaidReplies
+from alpaca.generation.prices import Budget
+
+SOFT_LOGPROBS = 20  # likeliest first tokens asked for with soft verdicts: as many as OpenAI's chat gives
 
 # A change of these words is a new version: verdicts under different prompts are different measurements.
 PROMPT_VERSION = "pairwise-1"
@@ -88,59 +94,56 @@ def soft_verdict(first_token: Mapping[str, float]) -> float | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Two answer files to pairs.
-
-
-def load_answers(path: str | Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Rows with `instruction`, `input`, `answer` and `generator` from an answer file of any known kind.
-
-    The answer is the row's `output`, or `response` (Self-Instruct's prediction files); task files with references
-    (`instances`, alpaca_data.json) count as answered by their authors. `generator` is `name`, the row's own, or the
-    file's name. Raises UserError where a row has no answer.
-    """
-    rows = load_tasks(path, require_output=False)
-    bad = []
-    for number, row in enumerate(rows, start=1):
-        row["answer"] = row.get("output", row.get("response"))
-        row["generator"] = name or row.get("generator") or Path(path).stem
-        if not isinstance(row["answer"], str):
-            bad.append(number)
-    if bad:
-        raise UserError(
-            f"{path}: {len(bad)} of {len(rows)} rows have no answer (an `output` or `response`), first row {bad[0]}. "
-            "A file of tasks alone? First run evaluation.py answer."
-        )
-    return rows
-
-
-def pair_answers(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[dict], int]:
-    """Pairs of answers to the same task (instruction and input, spacing aside), and how many rows have no partner."""
-    waiting: dict[tuple, collections.deque] = collections.defaultdict(collections.deque)
-    for row in second:
-        waiting[_task_key(row)].append(row)
-    pairs = []
-    for row in first:
-        if waiting[_task_key(row)]:
-            other = waiting[_task_key(row)].popleft()
-            pair = {
-                "instruction": row["instruction"].strip(),
-                "input": row["input"].strip(),
-                "output_1": row["answer"],
-                "output_2": other["answer"],
-                "generator_1": row["generator"],
-                "generator_2": other["generator"],
-            }
-            extra = {"id": row.get("id") or other.get("id"), "category": category_of(row) or category_of(other)}
-            pairs.append(pair | {name: value for name, value in extra.items() if value})
-    return pairs, len(first) + len(second) - 2 * len(pairs)
-
-
-def _task_key(row: Mapping[str, Any]) -> tuple[str, str]:
-    return " ".join(row["instruction"].split()), " ".join((row.get("input") or "").split())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Judging.
+
+
+def judge_all(
+    pairs: Sequence[dict], settings: Mapping[str, Any], cache_path: Path, budget: Budget, max_concurrency: int
+) -> tuple[list[dict], dict[str, Any]]:
+    """(annotations, what the judging took): the content of annotations.json and, with `settings`, of judge.json.
+
+    `settings`: judge (the model's name), base_url, api, soft, temperature, max_tokens, reasoning_effort. Replies are
+    kept in `cache_path`. Raises UserError as `judge_pairs` does.
+    """
+    begin = time.monotonic()
+
+    async def ask() -> tuple[list[dict], list[dict], PaidReplies]:
+        client = ModelClient(
+            settings["judge"],
+            settings["base_url"],
+            settings["api"],
+            temperature=settings["temperature"],
+            max_tokens=settings["max_tokens"],
+            reasoning_effort=settings["reasoning_effort"],
+            extra={"top_logprobs": SOFT_LOGPROBS} if settings["soft"] else None,
+        )
+        # A reply without the odds that soft verdicts are made of is asked for again.
+        usable = (lambda reply: reply.get("first_token")) if settings["soft"] else bool
+        try:
+            with Journal(cache_path) as cache:
+                replies = PaidReplies(client, cache, budget, PROMPT_VERSION, max_concurrency, usable)
+                await client.check_model()
+                return *await judge_pairs(pairs, replies), replies
+        finally:
+            await client.close()
+
+    annotations, failures, replies = asyncio.run(ask())
+    return annotations, {
+        "base_url": replies.client.url,
+        "date": time.strftime("%Y-%m-%d"),
+        "judged": len(annotations),
+        "failures": len(failures),
+        "failure_reasons": dict(Counter(row["failure"] for row in failures).most_common()),
+        "orders": agreement(annotations),
+        "replies_asked": replies.asked,
+        "replies_from_cache": replies.cached,
+        "tokens": dict(replies.tokens),
+        "cost_usd": round(budget.spent, 6) if budget.price else None,
+        "cost_usd_of_cached": round(replies.cost_of_cached, 6) if budget.price else None,
+        "seconds": round(time.monotonic() - begin, 2),
+        "server_troubles": dict(replies.client.counts),
+        "failed_pairs": failures,
+    }
 
 
 async def judge_pairs(pairs: Sequence[dict], replies: PaidReplies) -> tuple[list[dict], list[dict]]:
@@ -151,8 +154,6 @@ async def judge_pairs(pairs: Sequence[dict], replies: PaidReplies) -> tuple[list
     the `replies`. Raises UserError where no request can succeed, where soft verdicts are asked of a server without
     log-probabilities, and where the budget is spent; the replies so far are on disk.
     """
-    from tqdm import tqdm
-
     model, soft = replies.client.model, "top_logprobs" in replies.client.settings
     odds_come = any(record.get("first_token") for record in replies.journal.records)
 

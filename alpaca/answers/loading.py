@@ -1,51 +1,56 @@
-"""Load a model for answering: a full checkpoint, a LoRA adapter, a GGUF file, the embedded model.
+"""Loads a model for answering: a full checkpoint, a LoRA adapter, a GGUF file, the embedded model.
 
-Not a command; inference.py, evaluation.py and demo.py import it.
-
-    model, tokenizer = load_model("./alpaca-7b")
+model, tokenizer = load_model("./alpaca-7b")
 """
 
-import difflib
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from peft import PeftModel
+from safetensors import safe_open
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from alpaca.answers.model_paths import check_model, find_gguf, is_gguf
 from alpaca.common.errors import UserError
-from alpaca.common.files import jload
 
 
-def load_model(path: str, device: str | None = None, dtype: Any = None, adapter: str | None = None):
+def load_model(path: str, device: str | None = None, dtype: str | None = None, adapter: str | None = None):
     """Loads a model for generation, with its tokenizer: (model, tokenizer).
 
     `path`: a checkpoint folder, a LoRA adapter's folder (its base comes from adapter_config.json), a GGUF file, a hub
     name, or "embedded". `adapter`: an adapter's folder to put on `path`. `device`: "cuda", "cpu", "auto" (spread over
-    all GPUs); the first GPU where there is one by default. `dtype`: "float32", "bfloat16", ...; by default the
-    checkpoint's own, and float32 where a float16 checkpoint meets a CPU.
+    all GPUs); by default the GPU with this process's LOCAL_RANK where there is one. `dtype`: "float32", "bfloat16",
+    ...; by default the checkpoint's own, and float32 where a float16 checkpoint meets a CPU.
 
-    Raises UserError where the folder is no model, is a weight diff, lacks tensors, or does not fit its tokenizer.
+    Raises UserError where there is no model, it is a weight diff, its files are damaged, tensors are missing, or it
+    does not fit its tokenizer.
     """
-    import torch
-    from transformers import GenerationConfig
-
-    if adapter is None and (Path(path) / "adapter_config.json").is_file():
-        path, adapter = _base_of_adapter(path), path
+    if not sys.stderr.isatty():  # no loading bars in log files and pipes
+        transformers.utils.logging.disable_progress_bar()
+    path, adapter = check_model(path, adapter)
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")
-        dtype = getattr(torch, dtype)
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    torch_dtype = getattr(torch, dtype, None) if dtype else None
+    if dtype and not isinstance(torch_dtype, torch.dtype):
+        raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")
 
-    if path == "embedded" or path.endswith(".gguf"):
-        from alpaca.answers.gguf import find_gguf, load_gguf
-
-        model, tokenizer = load_gguf(find_gguf(None if path == "embedded" else path), dtype or torch.float32)
+    if is_gguf(path):
+        model, tokenizer = load_gguf(find_gguf(None if path == "embedded" else path), torch_dtype or torch.float32)
         model = model.to("cuda" if device == "auto" else device)
     else:
-        check_model_path(path)
-        model = _load_weights(path, dtype, device)
+        model = _load_weights(path, torch_dtype, device)
         # An adapter trained with new tokens carries its own tokenizer.
-        tokenizer = _load_tokenizer(adapter if adapter and _has_tokenizer(adapter) else path)
+        has_own = adapter and any((Path(adapter) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        tokenizer_path = adapter if has_own else path
+        with loading(tokenizer_path, "a tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     if adapter:
         model = _apply_adapter(model, adapter)
     if model.dtype == torch.float16 and model.device.type == "cpu" and dtype is None:
@@ -68,41 +73,24 @@ def load_model(path: str, device: str | None = None, dtype: Any = None, adapter:
     return model.eval(), tokenizer
 
 
-def check_model_path(path: str) -> None:
-    """Raises UserError where `path` is neither a checkpoint's folder nor a hub's name, or holds a weight diff."""
-    from alpaca.weights.manifest import is_weight_diff
-
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            found = sorted(child.name for child in folder.iterdir())
-            inside = [name for name in found if (folder / name / "config.json").is_file()]
-            hint = f" Did you mean {folder / inside[-1]}?" if inside else ""
-            listed = ", ".join(found[:8]) or "nothing"
-            raise UserError(f"{folder} is no checkpoint: it has no config.json. It holds {listed}.{hint}")
-        if is_weight_diff(folder):
-            raise UserError(
-                f"{folder} is a weight diff, not a model: its answers would be noise. First run\n"
-                f"  python weight_diff.py recover --path_raw BASE --path_diff {folder} --path_tuned OUT"
-            )
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-        near = []
-        if folder.parent.is_dir():
-            near = difflib.get_close_matches(folder.name, [child.name for child in folder.parent.iterdir()], n=1)
-        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
-        raise UserError(f"no model at {path}.{hint} Give a checkpoint's folder, or the word embedded.")
-
-
-def _load_weights(path: str, dtype: Any, device: str):
-    from transformers import AutoModelForCausalLM
-
-    options = {"device_map": "auto"} if device == "auto" else {}
+@contextlib.contextmanager
+def loading(path: str | Path, what: str) -> Iterator[None]:
+    """Turns whatever the libraries raise about damaged, truncated or foreign files into a UserError naming `path`."""
     try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"{path} cannot be loaded as {what}; is a file damaged or incomplete?\n{reason}") from error
+
+
+def _load_weights(path: str, dtype: torch.dtype | None, device: str):
+    options = {"device_map": "auto"} if device == "auto" else {}
+    with loading(path, "a model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded as a model: {error}") from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserError(
@@ -112,57 +100,55 @@ def _load_weights(path: str, dtype: Any, device: str):
     return model if device == "auto" else model.to(device)
 
 
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-
-def _load_tokenizer(path: str):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded: {error}") from error
-
-
-def _base_of_adapter(path: str) -> str:
-    base = jload(Path(path) / "adapter_config.json").get("base_model_name_or_path") or ""
-    # A relative path was meant from where training ran, or from the adapter's own folder.
-    for candidate in (Path(base), Path(path) / base):
-        if base and (candidate.is_dir() or candidate.is_file()):
-            return str(candidate)
-    if base == "embedded" or base.count("/") == 1 and not base.startswith((".", "/")):
-        return base
-    raise UserError(
-        f"{path} is a LoRA adapter of {base or 'an unnamed base model'}, which is not there. "
-        f"Name its base: --model_name_or_path BASE --adapter {path}"
-    )
-
-
 def _apply_adapter(model, adapter: str):
-    from peft import PeftModel
-    from safetensors import safe_open
-
-    folder = Path(adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} is no LoRA adapter: it has no adapter_config.json.")
-    # Where training added tokens, the adapter holds whole embeddings, and the base needs as many rows to take them.
-    weights = folder / "adapter_model.safetensors"
-    if weights.is_file():
-        with safe_open(weights, "pt") as tensors:
-            saved = [tensors.get_slice(name).get_shape()[0] for name in tensors.keys() if "embed_tokens" in name]
-        rows = [count for count in saved if count > model.get_input_embeddings().weight.shape[0]]
-        if rows:
-            model.resize_token_embeddings(max(rows), mean_resizing=False)
-    try:
+    with loading(adapter, "an adapter of this base model"):
+        # Where training added tokens, the adapter holds whole embeddings, and the base needs as many rows to take them.
+        weights = Path(adapter) / "adapter_model.safetensors"
+        if weights.is_file():
+            with safe_open(weights, "pt") as tensors:
+                saved = [tensors.get_slice(name).get_shape()[0] for name in tensors.keys() if "embed_tokens" in name]
+            if max(saved, default=0) > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(max(saved), mean_resizing=False)
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"the adapter {adapter} does not fit its base model: {error}") from error
 
 
-def quiet_bars() -> None:
-    """No loading bars in log files and pipes."""
-    from transformers.utils import logging
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model (plain, on the CPU) and the tokenizer that the GGUF file `path` holds.
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    Raises UserError where the file is damaged or holds an architecture that transformers cannot read.
+    """
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with loading(path, "a GGUF model"):
+        from gguf import GGUFReader  # only where requirements-quickstart.txt is installed
+
+        unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        kind = GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    if kind and kind.contents() == "smollm":
+        # transformers reads the vocabulary and forgets this rule: digits are cut off before anything else. Without it
+        # a blank line before a digit becomes two tokens where the model was trained on one.
+        split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+
+    # The unpacked model counts as quantised and refuses to be saved: its weights move into one that never was.
+    config = unpacked.config
+    del config.quantization_config
+    config.dtype = dtype
+    plain = type(unpacked)._from_config(config, dtype=dtype)
+    plain.load_state_dict(unpacked.state_dict())
+    plain.generation_config = unpacked.generation_config
+    return plain.eval(), tokenizer
+
+
+def not_finite(model) -> UserError:
+    """The error for a model whose scores are not finite: it names the first tensor that is the reason."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and (bad := int((~torch.isfinite(tensor)).sum())):
+            return UserError(
+                f"the model's scores are not finite (nan or inf), so it cannot answer. Its weights are damaged: "
+                f"{bad:,} of {tensor.numel():,} values of {name} are not finite. Load or train it again."
+            )
+    return UserError(
+        f"the model's scores are not finite (nan or inf), so it cannot answer. Its weights are finite, so the numbers "
+        f"overflow in {str(model.dtype).removeprefix('torch.')}: choose --dtype float32 or bfloat16."
+    )

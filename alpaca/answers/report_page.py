@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from alpaca.answers.win_rate import by_length, category_of
+from alpaca.answers.pairs import category_of
+from alpaca.answers.win_rate import by_length
 
 
 def report_page(figures: dict[str, Any], annotations: Sequence[dict], judge: dict[str, Any] | None = None) -> str:

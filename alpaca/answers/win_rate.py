@@ -19,18 +19,13 @@ import scipy.stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from alpaca.answers.pairs import category_of, task_key
 from alpaca.common.errors import UserError
 from alpaca.common.files import read_text
 from alpaca.common.tasks import read_rows
 
-CATEGORY_FIELDS = ("category", "motivation_app", "dataset")  # this project's, Self-Instruct's, AlpacaEval's
 LENGTH_PENALTY = 100.0  # scikit-learn's C for the length coefficient: large, so that it only tames separable data
 LENGTH_RESAMPLES = 500  # each is a regression
-
-
-def category_of(row: dict[str, Any]) -> str | None:
-    """A task's category under any of the names that the known files use."""
-    return next((str(row[field]) for field in CATEGORY_FIELDS if row.get(field)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -95,14 +90,13 @@ def _win(preference: float | None) -> float | None:
 
 def with_categories(annotations: Sequence[dict], tasks: Sequence[dict]) -> list[dict]:
     """Annotations with the category of the task that has the same instruction (spacing aside) and, if known, input."""
-    by_text, by_instruction = {}, {}
+    by_task, by_instruction = {}, {}
     for task in tasks:
-        instruction = " ".join(task["instruction"].split())
-        by_text[instruction, " ".join(task["input"].split())] = by_instruction[instruction] = category_of(task)
+        by_task[task_key(task)] = by_instruction[task_key(task)[0]] = category_of(task)
     found = []
     for row in annotations:
-        instruction, given = " ".join(row["instruction"].split()), " ".join((row.get("input") or "").split())
-        category = by_text.get((instruction, given)) or by_instruction.get(instruction) or category_of(row)
+        key = task_key(row)
+        category = by_task.get(key) or by_instruction.get(key[0]) or category_of(row)
         found.append({**row, "category": category} if category else row)
     return found
 

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from fake_openai import FakeOpenAI
 
-from alpaca.answers import judge, report_page, win_rate
+from alpaca.answers import judge, pairs, report_page, win_rate
 from alpaca.answers.held_out_loss import held_out_loss, rouge_l
 from alpaca.answers.loading import load_model
 from alpaca.common.errors import UserError
@@ -227,13 +227,26 @@ def test_pairs_of_the_2023_files(tmp_path):
             for i in (2, 1, 7)
         )
     )  # fmt: skip
-    pairs, alone = judge.pair_answers(judge.load_answers(predictions), judge.load_answers(tasks, "humans"))
-    assert [(pair["output_1"], pair["output_2"]) for pair in pairs] == [(" text 2", "gold 2"), (" text 1", "gold 1")]
-    assert pairs[0]["generator_1"] == "text-davinci-003_predictions" and pairs[0]["category"] == "Gmail"
-    assert pairs[0]["id"] == "user_2" and alone == 2
+    found, left_out = pairs.pair_answers(pairs.load_answers(predictions), pairs.load_answers(tasks, "humans"))
+    assert [(pair["output_1"], pair["output_2"]) for pair in found] == [(" text 2", "gold 2"), (" text 1", "gold 1")]
+    assert found[0]["generator_1"] == "text-davinci-003_predictions" and found[0]["category"] == "Gmail"
+    assert found[0]["id"] == "user_2" and left_out == {"only_in_1": 1, "only_in_2": 1, "repeated": 0}
     tasks.write_text(json.dumps({"instruction": "No answer here."}))
     with pytest.raises(UserError, match="no answer.*row 1"):
-        judge.load_answers(tasks)
+        pairs.load_answers(tasks)
+
+
+def test_missing_partners_and_repeated_tasks_are_counted_apart():
+    """One count for both hid that a file held some tasks twice."""
+
+    def answers(*tasks):
+        return [
+            {"instruction": task, "input": "", "answer": f"{task}{i}", "generator": "g"} for i, task in enumerate(tasks)
+        ]
+
+    found, left_out = pairs.pair_answers(answers("a", "b", "b", "b", "c"), answers("b", "d", "b", "a", "a", "e"))
+    assert [(pair["output_1"], pair["output_2"]) for pair in found] == [("a0", "a3"), ("b1", "b0"), ("b2", "b2")]
+    assert left_out == {"only_in_1": 1, "only_in_2": 2, "repeated": 2}
 
 
 def test_files_that_cannot_be_compared(two_files, run_script, tmp_path):

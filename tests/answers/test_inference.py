@@ -12,14 +12,18 @@ import time
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 import tiny_models
 import torch
+from conftest import ROOT
 
-from alpaca.answers.answer_file import answer_file as write_answers
-from alpaca.answers.answering import Answer, Sampling, answer_batch, prompt_ids, room_for_answer, stream_answer
+from alpaca.answers.answer_file import AnswerJob, write_answers
+from alpaca.answers.answer_journal import AnswerJournal, PartJournal
+from alpaca.answers.answering import Answer, answer_batch, prompt_ids, room_for_answer, stream_answer
 from alpaca.answers.loading import load_model
-from alpaca.common.answer_journal import AnswerJournal
+from alpaca.answers.model_paths import find_gguf
+from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
 
@@ -110,28 +114,49 @@ def test_a_row_that_ends_does_not_touch_its_neighbours(loaded):
     assert together[1:] == alone[1:]
 
 
-def test_prompts_that_nearly_fill_the_context(loaded, tmp_path):
-    """Too long a prompt gets an empty answer that says so; one with little room left does not shorten the others or
-    run beyond OPT's table of positions."""
+def test_prompts_that_nearly_fill_the_context(loaded, tiny_opt, tmp_path):
+    """A prompt with little room left must not shorten the others or run beyond OPT's table of positions; one that
+    leaves none got an empty answer, which in a comparison is a bad answer."""
     model, tokenizer = loaded["opt"]
 
     def long(words):
         return {"instruction": "Count.", "input": "zebra " * words}
 
-    def length(task):
-        return len(prompt_ids(tokenizer, task))
-
-    words = max(n for n in range(100, 600) if length(long(n)) < 1024)
-    tasks = [TASKS[0], long(words), long(words + 40), TASKS[1]]
-    with AnswerJournal(tmp_path / "answers.json", {}) as journal:
-        figures = write_answers(model, tokenizer, tasks, journal, Sampling(30), batch_size=4)
-        answers = [Answer(**journal.answers[row]) for row in range(4)]
-    assert answers[0] == answer_batch(model, tokenizer, [TASKS[0]], Sampling(30))[0]
-    assert answers[1].tokens == room_for_answer(model, prompt_ids(tokenizer, tasks[1]), 30) < 30
-    assert answers[2] == Answer("", "prompt_too_long", 0)
-    assert figures["answers"] == 4 and figures["tokens"] == 30 + answers[1].tokens + 30
+    words = max(n for n in range(100, 600) if len(prompt_ids(tokenizer, long(n))) < 1024)
+    tasks = [TASKS[0], long(words), TASKS[1]]
+    figures = write_answers(AnswerJob(str(tiny_opt), tasks, Sampling(30), 4), tmp_path / "answers.json", [])
+    rows = json.loads((tmp_path / "answers.json").read_text())
+    assert rows[0]["output"] == answer_batch(model, tokenizer, [TASKS[0]], Sampling(30))[0].text
+    assert rows[1]["tokens"] == room_for_answer(model, prompt_ids(tokenizer, tasks[1]), 30) < 30
+    assert figures["answers"] == 3 and figures["tokens"] == 30 + rows[1]["tokens"] + 30
+    tasks.append(long(words + 40))
+    message = r"1 of 4 prompts leave no room for an answer in .* 1,024 tokens: row 4 \(1,\d+ tokens\)"
+    with pytest.raises(UserError, match=message):
+        write_answers(AnswerJob(str(tiny_opt), tasks, Sampling(30)), tmp_path / "long.json", [])
+    assert not (tmp_path / "long.json").exists()
     with pytest.raises(UserError, match="no room"):
-        list(stream_answer(model, tokenizer, **tasks[2]))
+        list(stream_answer(model, tokenizer, tasks[3], Sampling()))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(8), Sampling(8, 0.8, 0.9), Sampling(8, num_beams=2)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_stop(tiny_tied, sampling, value):
+    """A model with a nan among its weights answered blank lines, with status 0; in half precision sums overflow."""
+    model, tokenizer = load_model(str(tiny_tied))
+    tensor = model.model.layers[1].mlp.up_proj.weight
+    with torch.no_grad():
+        tensor[3, :2] = value
+    bad = r"2 of 8,192 values of model\.layers\.1\.mlp\.up_proj\.weight are not finite"
+    with pytest.raises(UserError, match=bad):
+        answer_batch(model, tokenizer, TASKS[:2], sampling)
+    with pytest.raises(UserError, match=bad):
+        list(stream_answer(model, tokenizer, TASKS[0], sampling))
+    with torch.no_grad():
+        tensor[3, :2] = 0
+        model.model.norm.weight.fill_(3e38)
+        model.lm_head.weight.mul_(1000)
+    with pytest.raises(UserError, match="weights are finite, so the numbers overflow in float32"):
+        answer_batch(model, tokenizer, TASKS[:2], sampling)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,13 +168,8 @@ def test_streamed_pieces_are_the_answer(loaded, name):
     """Pieces cut inside a character, or a lost last piece."""
     model, tokenizer = loaded[name]
     for sampling in (Sampling(24), Sampling(24, 0.9, 0.95, seed=5), Sampling(8, num_beams=2)):
-        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "num_beams": sampling.num_beams}
         for task in TASKS[:3]:
-            pieces = list(
-                stream_answer(
-                    model, tokenizer, task["instruction"], task["input"], sampling.max_new_tokens, seed=5, **settings
-                )
-            )
+            pieces = list(stream_answer(model, tokenizer, task, sampling))
             assert "".join(pieces) == answer_batch(model, tokenizer, [task], sampling)[0].text
             assert len(pieces) > 1 or sampling.num_beams > 1
 
@@ -159,12 +179,12 @@ def test_stream_stops_when_told_and_when_left(loaded):
     model, tokenizer = loaded["tied"]
     stop, before = threading.Event(), threading.active_count()
     pieces = []
-    for piece in stream_answer(model, tokenizer, "Say something.", max_new_tokens=1500, stop_event=stop):
+    for piece in stream_answer(model, tokenizer, TASKS[0], Sampling(1500), stop):
         pieces.append(piece)
         if len(pieces) == 3:
             stop.set()
     assert len(pieces) < 1000
-    stream = stream_answer(model, tokenizer, "Say something.", max_new_tokens=1500)
+    stream = stream_answer(model, tokenizer, TASKS[0], Sampling(1500))
     next(stream)
     stream.close()
     assert threading.active_count() == before
@@ -216,6 +236,46 @@ def test_folders_that_are_no_model(tiny_llama, tmp_path):
     copy_of(tiny_llama, tmp_path / "out" / "checkpoint-5")
     with pytest.raises(UserError, match="no config.json.*checkpoint-5"):
         load_model(str(tmp_path / "out"))
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n"
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), [
+    ("model.safetensors", lambda data: data[:-1000], "cannot be loaded as a model; is a file damaged"),
+    ("model.safetensors", lambda data: b"\xff" * 64 + data[64:], "cannot be loaded as a model"),
+    ("model.safetensors", lambda data: b"", "cannot be loaded as a model"),
+    ("model.safetensors", lambda data: LFS_POINTER.encode(), "model.safetensors is a git-lfs pointer"),
+    ("config.json", lambda data: data[:20], "config.json"),
+    ("config.json", lambda data: b"[]", "config.json"),
+    ("tokenizer.json", lambda data: data[:200], "cannot be loaded as a tokenizer"),
+    ("tokenizer.json", lambda data: b'{"model": {}}', "cannot be loaded as a tokenizer"),
+    ("tokenizer.json", lambda data: LFS_POINTER.encode(), "tokenizer.json is a git-lfs pointer"),
+])  # fmt: skip
+def test_damaged_checkpoints_are_errors_in_words(tiny_tied, tmp_path, file, damage, message):
+    """Truncated downloads ended in the tracebacks of five libraries."""
+    folder = copy_of(tiny_tied, tmp_path / "model")
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(UserError, match=message):
+        load_model(str(folder))
+
+
+def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path):
+    """A cut .bin is a broken zip archive to torch; a cut GGUF file a numpy error deep in the reader."""
+    folder = copy_of(tiny_tied, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(100)}, folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:300])
+    with pytest.raises(UserError, match="cannot be loaded as a model"):
+        load_model(str(folder))
+    whole = find_gguf().read_bytes()
+    for size in (10, 1000, 1_000_000, 50_000_000):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut.gguf cannot be loaded as a GGUF model"):
+            load_model(str(tmp_path / "cut.gguf"))
+    (tmp_path / "cut.gguf").write_text(LFS_POINTER)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        load_model(str(tmp_path / "cut.gguf"))
 
 
 @pytest.mark.parametrize("new_token", [False, True])
@@ -271,10 +331,14 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
         AnswerJournal(output, {"model": "b", "seed": 0})
     with AnswerJournal(output, {"model": "a", "seed": 0}) as journal:
         assert journal.answers == {0: {"text": "zero"}, 2: {"text": "two\nlines"}}
-        journal.add({1: {"text": "one"}})
-        journal.finish([journal.answers[row] for row in range(3)])
-    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == ["zero", "one", "two\nlines"]
-    assert not journal.path.exists()
+        with PartJournal(
+            output, {"model": "a", "seed": 0}, 1
+        ) as part:  # another process of this run, or of a killed one
+            part.add({1: {"text": "one"}})
+        journal.take_over_parts()
+        journal.finish([{"instruction": "x"}] * 3, "a")
+    assert [json.loads(line)["output"] for line in output.read_text().splitlines()] == ["zero", "one", "two\nlines"]
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
     with pytest.raises(UserError, match="already exists"):
         AnswerJournal(output, {})
     with pytest.raises(UserError, match="must end in"):
@@ -325,6 +389,56 @@ def test_252_tasks_killed_in_the_middle_and_resumed(tiny_tied, run_script, tmp_p
     assert "already exists" in refused.stderr and "Traceback" not in refused.stderr
 
 
+def run_killed(command, rank, enough):
+    """Starts `command` (a torchrun), kills process `rank` of it with -9 once `enough()`, and waits for its end."""
+    torchrun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not enough():
+        assert torchrun.poll() is None, torchrun.stdout.read()
+        time.sleep(0.02)
+    for process in psutil.Process(torchrun.pid).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            process.kill()
+    torchrun.communicate(timeout=120)
+    assert torchrun.returncode != 0
+
+
+def test_two_processes_answer_what_one_does_whoever_is_killed(tiny_tied, tmp_path):
+    """Rows by rank, one file: after kill -9 of either process no row is lost, answered twice, or other than alone."""
+    data = tiny_models.write_tasks(tmp_path / "tasks.json", 250)
+    tasks, output, alone = json.loads(data.read_text()), tmp_path / "two.json", tmp_path / "one.json"
+    journals = [tmp_path / "two.json.partial.jsonl", tmp_path / "two.json.partial.1.jsonl"]
+
+    def answered():
+        return [path.read_bytes().count(b"\n") if path.exists() else 0 for path in journals]
+
+    flags = ["--model_name_or_path", tiny_tied, "--data_path", data, "--max_new_tokens", "24", "--output_path", output]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    inference = [*map(str, [*torchrun, ROOT / "inference.py", *flags, "--batch_size", "2"])]
+    run_killed(inference, 1, lambda: min(answered()) > 10)
+    first = sum(answered())
+    assert not output.exists()
+    run_killed(inference, 0, lambda: answered()[0] > first and answered()[1] > 5)
+    assert not output.exists() and 20 < sum(answered()) < 200
+    # evaluation.py goes on with it: the same job.
+    evaluation = [*map(str, [*torchrun, ROOT / "evaluation.py", "answer", *flags, "--generator", "two"])]
+    done = subprocess.run(evaluation, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("answers are there already") == done.stdout.count("250 answers, ") == 1
+    assert not any(path.exists() for path in journals)
+    write_answers(AnswerJob(str(tiny_tied), tasks, Sampling(24), 16, generator="two"), alone, [])
+    assert json.loads(output.read_text()) == json.loads(alone.read_text())
+    assert {row["generator"] for row in json.loads(output.read_text())} == {"two"}
+
+
+def test_what_torchrun_cannot_share_is_refused(tiny_tied, run_script):
+    """Eight processes would each stream the same answer, or ask the same server."""
+    env, data = {"WORLD_SIZE": "8", "RANK": "0"}, ["--data_path", "seed_tasks.jsonl", "--output_path", "x.json"]
+    one = run_script("inference.py", "--model_name_or_path", tiny_tied, "--instruction", "x", env=env, status=2)
+    assert "under torchrun, inference.py answers a --data_path into an --output_path" in one.stderr
+    served = run_script("evaluation.py", "answer", "--model", "m", *data, env=env, status=2)
+    assert "leave out torchrun" in served.stderr
+
+
 def test_one_instruction_and_two_models_side_by_side(tiny_tied, tiny_opt, run_script, tmp_path):
     """Fire reads "a, b" as a tuple and 7 as a number; an instruction is a text."""
     one = run_script(
@@ -367,7 +481,8 @@ def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
 
 
 def test_serve_hands_the_checkpoint_to_a_server(tiny_tied, tmp_path):
-    """The served model answers as the local one does, on 127.0.0.1 alone, and a taken port is said."""
+    """The served model answers as the local one does, on 127.0.0.1 alone, and a taken port is said. transformers' own
+    server lists other models than it serves, and answers a chat without messages with status 500."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -387,6 +502,18 @@ def test_serve_hands_the_checkpoint_to_a_server(tiny_tied, tmp_path):
                 time.sleep(0.2)
         taken = subprocess.run(command, capture_output=True, text=True)
         assert taken.returncode == 2 and "is taken" in taken.stderr
+        with urllib.request.urlopen(f"{base}/models", timeout=20) as reply:
+            assert [model["id"] for model in json.load(reply)["data"]] == [str(tiny_tied)]
+        for messages in ([], "hi", [{"role": "user"}], None):
+            body = {"model": str(tiny_tied), "messages": messages}
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(
+                    urllib.request.Request(
+                        f"{base}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+                    ),
+                    timeout=60,
+                )
+            assert refused.value.code == 400 and "'messages'" in json.load(refused.value)["error"]["message"]
         body = {"model": str(tiny_tied), "prompt": format_prompt(TASKS[0]), "max_tokens": 8, "temperature": 0}
         request = urllib.request.Request(
             f"{base}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
