@@ -85,6 +85,7 @@ def generate_instruction_following_data(
     change_settings: bool = False,
     overwrite: bool = False,
     shard: str | None = None,
+    similarity_figures: bool = True,
 ) -> None:
     """Asks a model for new tasks until enough are kept. The same command goes on where a run stopped.
 
@@ -127,6 +128,8 @@ def generate_instruction_following_data(
         shard: I/N: ask only the requests whose index is I modulo N, into the folder shard_I of output_dir, for one Nth
             of the tasks and of the budget; `rebuild --shards` joins the folders. Default: torchrun's RANK and
             WORLD_SIZE, or a Slurm array's variables, else 0/1.
+        similarity_figures: the most similar instructions and the mean similarity of each task in regen.json; False
+            leaves them out, which harvests a million tasks in minutes instead of an hour.
 
     Raises:
         UserError: wrong settings, or a model that cannot be asked; what was answered is kept.
@@ -226,21 +229,28 @@ def _generate(
         files.print_left_alone()
 
 
-def rebuild(output_dir: str = "./", overwrite: bool = False, shards: str | None = None) -> None:
+def rebuild(
+    output_dir: str = "./",
+    overwrite: bool = False,
+    shards: str | None = None,
+    similarity_figures: bool | None = None,
+) -> None:
     """Makes regen.json, alpaca_data.json and rejections.jsonl again from output_dir/responses.jsonl, without a request.
 
     Args:
         output_dir: the folder of a run.
         overwrite: replace files that the run did not write.
         shards: a pattern such as 'out/shard_*': join the replies of these folders into output_dir instead.
+        similarity_figures: whether regen.json has them; default as in the run.
     """
+    changes = {} if similarity_figures is None else {"similarity_figures": similarity_figures}
     folder, name = Path(str(output_dir)), "responses.jsonl" if shards is None else "written.jsonl"
     folders = [folder] if shards is None else find_folders(shards)
     if not (folders[0] / "responses.jsonl").is_file():
         raise UserError(f"no file {folder}/responses.jsonl: rebuild needs the folder of a run.")
     with Journal(folder / name) as journal:
         files = OutputFiles(journal, overwrite)
-        harvest = harvest_journal(journal.records) if shards is None else join_shards(folders)
+        harvest = harvest_journal(journal.records, **changes) if shards is None else join_shards(folders, **changes)
         files.write(harvest)
     source = f"{folder}/responses.jsonl" if shards is None else f"{len(folders)} shards"
     print(f"{len(harvest.tasks):,} tasks and {len(harvest.rejections):,} rejections from {source}")

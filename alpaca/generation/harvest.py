@@ -3,12 +3,14 @@ same files, byte for byte, whenever and wherever it is read.
 """
 
 import dataclasses
+import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from alpaca.common.errors import UserError
+from alpaca.common.files import json_list
 from alpaca.generation.filters import instruction_problem, normalize_input, output_problem
 from alpaca.generation.parsing import parse_reply, visible_text
 from alpaca.generation.rouge import RougeLIndex
@@ -16,6 +18,7 @@ from alpaca.generation.settings import GenerationSettings
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F1; an instruction that is more similar to any kept one is a duplicate
 MOST_SIMILAR = 10  # how many neighbours regen.json names
+AT_ONCE = 10_000  # replies that are compared together where no similarity figures are wanted
 # Finish reasons of a reply that ended by itself, as servers spell them, and of servers that say nothing. Any other
 # ("length", "content_filter", "error", "max_tokens", ...) means that the last task may be unfinished.
 ENDED = {
@@ -35,7 +38,7 @@ class Candidate:
     reason: str | None = None
     unreadable: bool = False  # a fragment that is no task
     nearest: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # texts and F1, most similar first
-    average: float = 0.0  # F1 over the pool
+    average: float | None = None  # F1 over the pool, where similarity figures are wanted
 
     @property
     def key(self) -> tuple[int, int]:
@@ -50,13 +53,10 @@ class Candidate:
 
     def task(self) -> dict[str, Any]:
         """The row of regen.json."""
-        return {
-            "instruction": self.instruction,
-            "input": self.input,
-            "output": self.output,
-            "most_similar_instructions": dict(self.nearest),
-            "avg_similarity_score": self.average,
-        }
+        row = {"instruction": self.instruction, "input": self.input, "output": self.output}
+        if self.average is not None:
+            row |= {"most_similar_instructions": dict(self.nearest), "avg_similarity_score": self.average}
+        return row
 
 
 DUPLICATE = "too similar to an earlier instruction"
@@ -141,25 +141,36 @@ class Harvest:
 
     def compare_next(self) -> list[Candidate]:
         """The tasks of the next reply, those that are new added to the pool. `take` must follow."""
-        reply = self._replies[self.next_request]
+        candidates = self._read_reply(self.next_request)
+        self._compare(candidates)
+        return candidates
+
+    def _read_reply(self, request: int) -> list[Candidate]:
+        reply = self._replies[request]
         if "text" not in reply:  # a failed request
             return []
         candidates = read_candidates(reply, self.settings.answer_separately, self.settings.unicode_dedup)
         if reply["text"].strip() and all(candidate.unreadable for candidate in candidates):
             self.unreadable.append(reply)
-        for candidate in candidates:
-            if not candidate.reason:
-                self._compare(candidate)
         return candidates
 
-    def _compare(self, candidate: Candidate) -> None:
-        scores = self.index.scores(candidate.instruction)
-        candidate.nearest = self.index.top(candidate.instruction, MOST_SIMILAR, scores)
-        if candidate.nearest and candidate.nearest[0][1] > MAX_SIMILARITY:
-            candidate.reason = DUPLICATE
+    def _compare(self, candidates: Iterable[Candidate]) -> None:
+        """Marks those that resemble an instruction of the pool or one before them, and adds the others to the pool."""
+        candidates = [candidate for candidate in candidates if not candidate.reason]
+        if not self.settings.similarity_figures:
+            similar = self.index.add_new([candidate.instruction for candidate in candidates], MAX_SIMILARITY)
+            for candidate, nearest in zip(candidates, similar, strict=True):
+                if nearest:
+                    candidate.nearest, candidate.reason = [nearest], DUPLICATE
             return
-        candidate.average = float(scores.mean()) if len(scores) else 0.0
-        self.index.add(candidate.instruction)
+        for candidate in candidates:
+            scores = self.index.scores(candidate.instruction)
+            candidate.nearest = self.index.top(candidate.instruction, MOST_SIMILAR, scores)
+            if candidate.nearest and candidate.nearest[0][1] > MAX_SIMILARITY:
+                candidate.reason = DUPLICATE
+            else:
+                candidate.average = float(scores.mean()) if len(scores) else 0.0
+                self.index.add(candidate.instruction)
 
     def take(self, candidates: list[Candidate]) -> None:
         """Puts the tasks that compare_next read behind those that wait to be decided."""
@@ -213,14 +224,22 @@ class Harvest:
         """Reads all replies that are there. Requests without a reply and tasks without their answer change nothing."""
         for _ in self.decide(without_answers=True):
             pass
-        for index in sorted(self._replies):
+        requests = sorted(self._replies)
+        # Without similarity figures many replies are compared at once, which is much faster than one by one.
+        step = 1 if self.settings.similarity_figures else AT_ONCE
+        for start in range(0, len(requests), step):
             if self.full:
                 break
-            skipped = self.settings.shard.position(index) - len(self.kept_after)
-            self.kept_after.extend([len(self.tasks)] * skipped)
-            self.take(self.compare_next())
-            for _ in self.decide(without_answers=True):
-                pass
+            read = {index: self._read_reply(index) for index in requests[start : start + step]}
+            self._compare(candidate for candidates in read.values() for candidate in candidates)
+            for index, candidates in read.items():
+                skipped = self.settings.shard.position(index) - len(self.kept_after)
+                self.kept_after.extend([len(self.tasks)] * skipped)
+                self.take(candidates)
+                for _ in self.decide(without_answers=True):
+                    pass
+                if self.full:
+                    break
         return self
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -230,8 +249,8 @@ class Harvest:
         tasks, rejections = list(self.tasks), list(self.rejections)  # a run goes on while they are written
         rows = ({field: task[field] for field in ("instruction", "input", "output")} for task in tasks)
         return {
-            "regen.json": _json_list(tasks),
-            "alpaca_data.json": _json_list(rows),
+            "regen.json": itertools.chain(json_list(tasks), ["\n"]),
+            "alpaca_data.json": itertools.chain(json_list(rows), ["\n"]),
             "rejections.jsonl": (json.dumps(row, ensure_ascii=False) + "\n" for row in rejections),
         }
 
@@ -261,32 +280,26 @@ def answer_problem(candidate: Candidate, answer: Mapping[str, Any], text: str | 
     return "thoughts that never end" if text is None else output_problem(candidate.instruction, candidate.output)
 
 
-def _json_list(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """json.dumps(list(rows), indent=4, ensure_ascii=False) and a line end, row by row."""
-    begin = "[\n    "
-    for row in rows:
-        yield begin + json.dumps(row, indent=4, ensure_ascii=False).replace("\n", "\n    ")
-        begin = ",\n    "
-    yield "[]\n" if begin.startswith("[") else "\n]\n"
-
-
 def run_records(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A journal's records of how its runs were started."""
     return [record for record in records if record["kind"] == "run"]
 
 
-def empty_harvest(records: Iterable[Mapping[str, Any]]) -> Harvest:
-    """A harvest with a journal's settings and nothing read yet."""
+def empty_harvest(records: Iterable[Mapping[str, Any]], **changes: Any) -> Harvest:
+    """A harvest with a journal's settings, apart from `changes`, and nothing read yet."""
     runs = run_records(records)
     if not runs:
         raise UserError("responses.jsonl holds no run.")
     seeds = next(record["seeds"] for record in reversed(runs) if "seeds" in record)
-    settings = GenerationSettings.from_record(runs[-1]["settings"])
+    settings = dataclasses.replace(GenerationSettings.from_record(runs[-1]["settings"]), **changes)
     return Harvest(seeds, settings, runs[-1]["target"], runs[0].get("imported", ()))
 
 
-def harvest_journal(records: Sequence[Mapping[str, Any]]) -> Harvest:
-    """What a journal's records come to: every reply that is there, in the order of request indices."""
-    harvest = empty_harvest(records)
+def harvest_journal(records: Sequence[Mapping[str, Any]], **changes: Any) -> Harvest:
+    """What a journal's records come to: every reply that is there, in the order of request indices.
+
+    changes: settings that are not to be the journal's.
+    """
+    harvest = empty_harvest(records, **changes)
     harvest.add(records)
     return harvest.read_rest()

@@ -110,6 +110,7 @@ def number_tokens(texts: Iterable[str], unicode_dedup: bool = False) -> TokenNum
 _BLOCK = 1 << 16  # instructions scored together
 _FRESH = 1024  # newcomers that rapidfuzz scores until they are sorted into a block
 _ALONE = 1 << 17  # instructions up to which one core is faster than several
+_MANY = 1000  # texts from which on one search is faster than scoring each
 
 
 class RougeLIndex:
@@ -133,12 +134,7 @@ class RougeLIndex:
         self._threads = ThreadPoolExecutor(CORES)
         # Memory that is used again: fresh megabytes from the system take longer than the work in them.
         self._scratch = [np.empty(_BLOCK * (SHORT + 3), np.uint64) for _ in range(CORES)]
-        for text in instructions:
-            self._append(text)
-            if len(self) % _BLOCK == 0:
-                self._fill_block()
-        if len(self) > self._in_blocks:
-            self._fill_block()
+        self.extend(instructions)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -148,6 +144,40 @@ class RougeLIndex:
         self._append(text)
         if len(self) - self._in_blocks >= _FRESH or len(self) % _BLOCK == 0:
             self._fill_block()
+
+    def extend(self, texts: Iterable[str]) -> None:
+        """Puts many texts at the end of the pool."""
+        for text in texts:
+            self._append(text)
+            if len(self) % _BLOCK == 0:
+                self._fill_block()
+        if len(self) > self._in_blocks:
+            self._fill_block()
+
+    def add_new(self, texts: Sequence[str], threshold: float) -> list[tuple[str, float] | None]:
+        """Adds each of `texts`, in order, unless its F1 with an instruction of the pool is above `threshold`.
+
+        Returns the most similar instruction and its F1 for those that are not added, None for the others. Many texts
+        are compared in one search instead of one by one.
+        """
+        result: list[tuple[str, float] | None] = []
+        if len(texts) < _MANY:
+            for text in texts:
+                best = self.top(text, 1)
+                result.append(best[0] if best and best[0][1] > threshold else None)
+                if not result[-1]:
+                    self.add(text)
+            return result
+        pool, result = len(self), [None] * len(texts)
+        texts = [*self.texts, *texts]
+        sequences = token_sequences(texts, self._unicode)
+        similar = first_repeats(sequences, threshold, fixed=pool).rows
+        kept = np.setdiff1d(np.arange(len(texts)), similar)
+        found = nearest(sequences, similar, kept, threshold, earlier=True)
+        for row, other, score in zip(*(column.tolist() for column in found), strict=True):
+            result[row - pool] = texts[other], score
+        self.extend(texts[row] for row in kept[pool:])
+        return result
 
     def scores(self, text: str) -> np.ndarray:
         """F1 of `text` against each instruction of the pool: float64 of shape (len(self),), in order of adding."""

@@ -28,6 +28,7 @@ class GenerationSettings:
     sample_lag: int = 64
     answer_separately: bool = False
     unicode_dedup: bool = False
+    similarity_figures: bool = True
     prompt_text: str = ""
     seeds_sha256: str = ""
     shard: Shard = Shard()
@@ -58,9 +59,11 @@ class GenerationSettings:
             raise UserError(f"--seed_tasks_path has {seeds} tasks, fewer than --num_prompt_instructions.")
 
     def to_record(self) -> dict[str, Any]:
-        """As they stand in the journal; a run that is no shard has no `shard` there."""
+        """As they stand in the journal; `shard` and `similarity_figures` only where they are not the default."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         shard = values.pop("shard")
+        if values["similarity_figures"]:
+            del values["similarity_figures"]
         record = {_NAMES_IN_JOURNAL.get(name, name): value for name, value in values.items()}
         return record if shard.whole else record | {"shard": str(shard)}
 

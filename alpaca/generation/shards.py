@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alpaca.common.cli import command_with
 from alpaca.common.errors import UserError
@@ -26,10 +27,10 @@ def find_folders(pattern: str) -> list[Path]:
     return folders
 
 
-def join_shards(folders: Sequence[Path]) -> Harvest:
+def join_shards(folders: Sequence[Path], **changes: Any) -> Harvest:
     """The harvest of all shards' replies in the order of the requests: that of one process with the same replies.
 
-    Raises UserError where the folders are no shards of one run.
+    changes: settings that are not to be the shards'. Raises UserError where the folders are no shards of one run.
     """
     journals = {folder: read_records(folder / "responses.jsonl") for folder in folders}
     found: dict[int, tuple[Path, GenerationSettings]] = {}
@@ -49,7 +50,7 @@ def join_shards(folders: Sequence[Path]) -> Harvest:
     runs = [run_records(records) for records in journals.values()]
     seeds = next(run["seeds"] for run in reversed(runs[0]) if "seeds" in run)
     target = sum(run[-1]["target"] for run in runs)
-    harvest = Harvest(seeds, dataclasses.replace(settings, shard=Shard()), target)
+    harvest = Harvest(seeds, dataclasses.replace(settings, shard=Shard(), **changes), target)
     for records in journals.values():
         harvest.add(records)
     return harvest.read_rest()

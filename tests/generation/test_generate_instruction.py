@@ -14,6 +14,7 @@ import generate_instruction
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload, read_jsonl
 from alpaca.common.journal import Journal, read_records
+from alpaca.generation import harvest, rouge
 from alpaca.generation.harvest import harvest_journal
 from alpaca.generation.prices import find_price
 
@@ -202,6 +203,27 @@ def test_rebuild_gives_the_same_bytes_without_a_request(tmp_path, server, option
         "needs the folder"
         in run_script("generate_instruction.py", "rebuild", "--output_dir", tmp_path, status=2).stderr
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"answer_separately": True}])
+@pytest.mark.parametrize("many, at_once", [(1 << 20, 10_000), (0, 2)])
+def test_without_similarity_figures(tmp_path, server, monkeypatch, options, many, at_once):
+    """A harvest without figures keeps the same tasks for the same reasons, whether replies are compared one by one or
+    many at once; only the figures are missing."""
+    monkeypatch.setattr(rouge, "_MANY", many)
+    monkeypatch.setattr(harvest, "AT_ONCE", at_once)
+    monkeypatch.setattr(harvest, "MAX_SIMILARITY", 0.2)  # so that some tasks are duplicates
+    generate(tmp_path / "with", server, 25, **options)
+    generate(tmp_path / "without", server, 25, similarity_figures=False, **options)
+    (tmp_path / "rebuilt").mkdir()
+    shutil.copy(tmp_path / "with" / "responses.jsonl", tmp_path / "rebuilt")
+    generate_instruction.rebuild(str(tmp_path / "rebuilt"), similarity_figures=False)
+    expected, *others = [contents(tmp_path / name) for name in ("with", "without", "rebuilt")]
+    tasks = json.loads(expected["alpaca_data.json"])
+    assert b"similar_to" in expected["rejections.jsonl"]
+    for found in others:
+        assert found == expected | {"regen.json": found["regen.json"]}
+        assert json.loads(found["regen.json"]) == tasks
 
 
 @pytest.mark.parametrize("options", [{}, {"answer_separately": True}, {"sample_from_generated": 1, "sample_lag": 4}])

@@ -229,6 +229,21 @@ def unpacked(pairs: np.ndarray) -> list[list[int]]:
     return [[pair >> 32, pair & 0xFFFFFFFF] for pair in pairs.tolist()]
 
 
+@pytest.mark.parametrize("unicode_dedup", [False, True])
+def test_many_are_added_as_one_by_one(monkeypatch, unicode_dedup):
+    """Guards harvests without similarity figures: the same tasks stay, and the same nearest one is named."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice([*"abcdefgh", "中文"], rng.integers(1, 9))) for _ in range(600)]
+    found, pools = [], []
+    for many in (1 << 20, 0):
+        monkeypatch.setattr(rouge, "_MANY", many)
+        index = RougeLIndex(texts[:50], unicode_dedup)
+        found.append([index.add_new(texts[start : start + 200], 0.7) for start in range(50, 600, 200)])
+        pools.append((index.texts, index.scores("a b c d").tolist()))
+    assert found[0] == found[1] and pools[0] == pools[1]
+    assert 50 < len(pools[0][0]) < 500
+
+
 def test_exactly_the_threshold_stays():
     """Guards the original's rule that 0.7 stays and only more goes, in the presence of float error."""
     texts = ["a b c d e f g h i j", "a b c d e f g x y z"]
