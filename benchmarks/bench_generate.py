@@ -3,7 +3,7 @@
     python benchmarks/bench_generate.py                                            # full scale, about three minutes
     python benchmarks/bench_generate.py --concurrencies 1,8 --seconds 5 --latency 0.5 --serial_requests 3  # one minute
 
-The teacher is tests/fake_openai.py in a process of its own; it answers after a time drawn evenly between half and one
+The server is tests/fake_openai.py in a process of its own; it answers after a time drawn evenly between half and one
 and a half times --latency. The ideal is what so many requests at a time could do with exactly those latencies and
 nothing else: each starts the moment an earlier one ends. The serial loop is the plain way: one request after the other,
 each new instruction compared by rouge_score with all earlier ones.
@@ -58,30 +58,40 @@ def ideal_seconds(latencies: list[float], concurrency: int) -> float:
     return max(slots)
 
 
-def measure(concurrency: int, requests: int, latency: float) -> dict[str, float]:
-    """One real run, as users start it, for about so many requests."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.json"
-        with fake_server(latency, log) as base_url:
-            begin = time.monotonic()
-            command = [
-                sys.executable,
-                "generate_instruction.py",
-                "--output_dir",
-                f"{folder}/run",
-                "--base_url",
-                base_url,
-            ]
-            command += ["--model_name", "fake-model", "--max_concurrency", str(concurrency)]
+def measure(concurrency: int, requests: int, latency: float, shards: int = 1) -> dict[str, float]:
+    """One real run, as users start it, for about so many requests in all; `concurrency` is that of each shard.
+
+    Each shard has a server of its own, whose log shows how long the shard asked. rate: rows a second, all shards added
+    up; ideal_rate: what they could do; share: of the shard that was farthest from its ideal.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
+        logs, running, begin = [Path(folder) / f"log_{shard}.json" for shard in range(shards)], [], time.monotonic()
+        for shard, log in enumerate(logs):
+            base_url = servers.enter_context(fake_server(latency, log))
+            command = [sys.executable, "generate_instruction.py", "--output_dir", f"{folder}/run"]
+            command += ["--base_url", base_url, "--model_name", "fake-model", "--max_concurrency", str(concurrency)]
             command += ["--num_instructions_to_generate", str(int(requests * TASKS * 0.95))]
-            command += ["--expected_tasks_per_request", str(TASKS * 0.95)]
-            subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            whole = time.monotonic() - begin
-        entries = [entry for entry in json.loads(log.read_text()) if entry["done"]]
-        rows = len(jload(f"{folder}/run/alpaca_data.json"))
-    seconds = max(entry["end"] for entry in entries) - min(entry["begin"] for entry in entries)
-    ideal = ideal_seconds([entry["latency"] for entry in entries], concurrency)
-    return {"requests": len(entries), "rows": rows, "seconds": seconds, "ideal": ideal, "whole": whole}
+            command += ["--expected_tasks_per_request", str(TASKS * 0.95), "--shard", f"{shard}/{shards}"]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            running.append(subprocess.Popen(command, cwd=ROOT, **quiet))
+        if any([process.wait() for process in running]):
+            raise RuntimeError("a run failed")
+        whole = time.monotonic() - begin
+        servers.close()
+        got = {"requests": 0, "rows": 0, "seconds": 0.0, "whole": whole, "rate": 0.0, "ideal_rate": 0.0, "share": 1.0}
+        for shard, log in enumerate(logs):
+            entries = [entry for entry in json.loads(log.read_text()) if entry["done"]]
+            place = "run" if shards == 1 else f"run/shard_{shard}"
+            rows = len(jload(f"{folder}/{place}/alpaca_data.json"))
+            seconds = max(entry["end"] for entry in entries) - min(entry["begin"] for entry in entries)
+            ideal = ideal_seconds([entry["latency"] for entry in entries], concurrency)
+            got["requests"] += len(entries)
+            got["rows"] += rows
+            got["seconds"] = max(got["seconds"], seconds)
+            got["rate"] += rows / seconds
+            got["ideal_rate"] += rows / ideal
+            got["share"] = min(got["share"], ideal / seconds)
+    return got
 
 
 def serial_loop(requests: int, latency: float) -> float:
@@ -109,7 +119,11 @@ def serial_loop(requests: int, latency: float) -> float:
 
 
 def bench(
-    concurrencies: str = "1,8,32,128", latency: float = 2.0, seconds: float = 30.0, serial_requests: int = 10
+    concurrencies: str = "1,8,32,128",
+    latency: float = 2.0,
+    seconds: float = 30.0,
+    serial_requests: int = 10,
+    shards: int = 1,
 ) -> None:
     """Prints the table, in Markdown, with hardware, versions, commit and command.
 
@@ -118,6 +132,7 @@ def bench(
         latency: mean seconds before a reply.
         seconds: about how long each run asks.
         serial_requests: requests of the serial loop.
+        shards: processes that ask at the same time, each with so many requests at a time.
     """
     levels = [int(level) for level in str(concurrencies).strip("()").split(",")]
     serial = serial_loop(serial_requests, latency)
@@ -130,11 +145,11 @@ def bench(
     print("|---|---|---|---|---|---|---|---|")
     print(f"| serial loop | {serial_requests} | | | {serial:.1f} | | | 1.0 |")
     for concurrency in levels:
-        got = measure(concurrency, max(4, round(concurrency * seconds / latency)), latency)
-        rate, ideal = got["rows"] / got["seconds"], got["rows"] / got["ideal"]
+        got = measure(concurrency, max(4, round(shards * concurrency * seconds / latency)), latency, shards)
+        name = f"{shards} x {concurrency}" if shards > 1 else concurrency
         print(
-            f"| {concurrency} | {got['requests']:,} | {got['rows']:,} | {got['seconds']:.1f} ({got['whole']:.1f} with "
-            f"start and files) | {rate:.1f} | {ideal:.1f} | {rate / ideal:.1%} | {rate / serial:.1f} |",
+            f"| {name} | {got['requests']:,} | {got['rows']:,} | {got['seconds']:.1f} ({got['whole']:.1f} with start "
+            f"and files) | {got['rate']:.1f} | {got['ideal_rate']:.1f} | {got['share']:.1%} | {got['rate'] / serial:.1f} |",
             flush=True,
         )
 
