@@ -147,11 +147,9 @@ def bench(
     for concurrency in levels:
         got = measure(concurrency, max(4, round(shards * concurrency * seconds / latency)), latency, shards)
         name = f"{shards} x {concurrency}" if shards > 1 else concurrency
-        print(
-            f"| {name} | {got['requests']:,} | {got['rows']:,} | {got['seconds']:.1f} ({got['whole']:.1f} with start "
-            f"and files) | {got['rate']:.1f} | {got['ideal_rate']:.1f} | {got['share']:.1%} | {got['rate'] / serial:.1f} |",
-            flush=True,
-        )
+        took = f"{got['seconds']:.1f} ({got['whole']:.1f} with start and files)"
+        rates = f"{got['rate']:.1f} | {got['ideal_rate']:.1f} | {got['share']:.1%} | {got['rate'] / serial:.1f}"
+        print(f"| {name} | {got['requests']:,} | {got['rows']:,} | {took} | {rates} |", flush=True)
 
 
 if __name__ == "__main__":
