@@ -15,6 +15,7 @@ import resource
 import signal
 import tempfile
 import time
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -211,12 +212,16 @@ class Findings:
     def __init__(self, path: str, options: CheckOptions, examples: int, keep_all: bool):
         self.path, self.options, self.examples, self.keep_all = path, options, examples, keep_all
         self.problems: defaultdict[str, Problem] = defaultdict(lambda: Problem(examples, keep_all))
-        for kind in ALWAYS_LISTED if options.filters else ("unreadable", EXACT, NEAR):
+        listed = ALWAYS_LISTED if options.filters else ("unreadable", EXACT, NEAR)
+        if options.against:
+            listed += (EVALUATED, *map(EVALUATED_WORDS.format, ("input", "output")))
+        for kind in listed:
             self.problems[kind].count = 0
 
     def look_at_rows(self, evaluation: EvaluationSets | None) -> TokenStore:
         """Judges each row by itself, and returns the tokens of the instructions."""
-        store, batches, bad, dropped, rows = TokenStore(), [], [], [], 0
+        store, batches, rows = TokenStore(), [], 0
+        bad, dropped = array("q"), array("q")
         for batch in inspected_batches(self.path, RowInspector(self.options, evaluation)):
             for row, kind, entry in batch.problems:
                 self.problems[kind].add({"row": rows + row + 1, **entry})
@@ -242,32 +247,27 @@ class Findings:
         if evaluation:
             tasks = np.arange(rows, len(sequences))
             found = nearest(sequences, np.flatnonzero(readable), tasks, self.options.against_threshold)
-            self._add(found, np.full(len(found.rows), EVALUATED), lambda other: evaluation.source(other - rows))
-        found = first_repeats(
-            sequences, self.options.threshold, np.flatnonzero(readable & ~self.dropped if among_good else readable)
-        )
+            self._add(EVALUATED, found, lambda other: evaluation.source(other - rows))
+        compared = np.flatnonzero(readable & ~self.dropped if among_good else readable)
+        found = first_repeats(sequences, self.options.threshold, compared)
         exact = self.texts[found.rows] == self.texts[found.others]
-        self._add(found, np.where(exact, EXACT, NEAR))
+        for kind, chosen in ((EXACT, exact), (NEAR, ~exact)):
+            self._add(kind, Matches(*(column[chosen] for column in found)))
 
-    def _add(self, found: Matches, kinds: np.ndarray, source: Callable[[int], dict[str, Any]] | None = None) -> None:
+    def _add(self, kind: str, found: Matches, source: Callable[[int], dict[str, Any]] | None = None) -> None:
         """Adds rows that resemble another one. source: what is shown of the other; default an earlier row's text."""
         self.bad[found.rows] = self.dropped[found.rows] = True
-        shown = np.ones(len(kinds), bool)
-        if not self.keep_all:
-            for kind in np.unique(kinds).tolist():
-                shown[np.flatnonzero(kinds == kind)[self.examples :]] = False
-                self.problems[kind].count += int((kinds == kind)[~shown].sum())
-        rows, others, scores = (column[shown] for column in found)
+        shown = len(found.rows) if self.keep_all else min(self.examples, len(found.rows))
+        self.problems[kind].count += len(found.rows) - shown
+        rows, others, scores = (column[:shown].tolist() for column in found)
+        wanted = set(rows if source else rows + others)
         instructions: dict[int, str] = {}
-        wanted = set(rows.tolist() if source else [*rows.tolist(), *others.tolist()])
         for row, content in enumerate(iter_rows(self.path) if wanted else ()):
             if row in wanted:
                 instructions[row] = read_task(content)[0]["instruction"]
                 if len(instructions) == len(wanted):
                     break
-        for kind, row, other, score in zip(
-            kinds[shown].tolist(), rows.tolist(), others.tolist(), scores.tolist(), strict=True
-        ):
+        for row, other, score in zip(rows, others, scores, strict=True):
             shown_other = source(other) if source else {"repeats_row": other + 1, "repeats": instructions[other]}
             self.problems[kind].add({"row": row + 1, "text": instructions[row], "f1": score, **shown_other})
 
@@ -330,7 +330,7 @@ class RowInspector:
                 if self.options.ratings is not None:
                     found += rating_problem(task, self.options.ratings, self.options.min_rating)
                 problems += ((number, kind, {"text": text}) for kind, text in found)
-            for field in FIELDS[1:] if self.evaluation else ():
+            for field in ("input", "output") if self.evaluation else ():
                 if shared := self.evaluation.shared_words(task[field]):
                     problems.append((number, EVALUATED_WORDS.format(field), {"text": task[field], **shared}))
         return InspectedBatch(problems, lengths, texts, number_tokens(instructions, self.options.unicode_dedup))
