@@ -365,6 +365,15 @@ def test_loss_is_the_models_own_on_response_tokens(tiny_opt):
     assert short["rows_without_response"] == 1 and short["tokens"] == count
 
 
+def test_the_loss_of_a_broken_model_is_an_error(tiny_opt):
+    """A nan among the weights printed a loss of nan, with status 0."""
+    model, tokenizer = load_model(str(tiny_opt))
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"1 of 8,192 values of model\.decoder\.layers\.0\.fc1\.weight are not finite"):
+        held_out_loss(model, tokenizer, tiny_models.make_tasks(3))
+
+
 def test_rouge_l_is_rouge_scores():
     """F1 of the longest common subsequence, digit for digit."""
     from rouge_score.rouge_scorer import RougeScorer
