@@ -34,7 +34,10 @@ def cli_errors() -> Iterator[None]:
     folder is needed), 130 after Ctrl-C, 141 where nobody reads the output any more.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # a pipe that nobody reads is then found here and not while the interpreter ends
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -52,6 +55,6 @@ def cli_errors() -> Iterator[None]:
 
 
 def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """ " Did you mean PREFIXnearest?", or nothing where no candidate is close to `name`; goes behind a sentence."""
+    """A hint that follows a sentence, such as " Did you mean PREFIXnearest?"; "" where no candidate is close."""
     near = difflib.get_close_matches(name, list(candidates), n=1)
     return f" Did you mean {prefix}{near[0]}?" if near else ""

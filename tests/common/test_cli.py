@@ -2,6 +2,7 @@
 
 import inspect
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -102,6 +103,13 @@ def test_help_of_the_first_command_shows_its_flags(run_script):
     """`python generate_instruction.py --help` listed command names alone."""
     shown = run_script("generate_instruction.py", "--help").stdout
     assert "--num_instructions_to_generate" in shown and "rebuild" in shown
+
+
+def test_a_reader_that_has_seen_enough():
+    """`--help | head` ended in a BrokenPipeError traceback."""
+    line = f"{sys.executable} generate_instruction.py --help | head -1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("Commands: ") and done.stderr == ""
 
 
 @pytest.mark.parametrize("command", ["a_file", "read_only"])
