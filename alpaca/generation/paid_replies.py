@@ -54,32 +54,36 @@ class PaidReplies:
                 return self._known[key]
             most = await self._reserve(prompt)
             try:
-                reply = await self.client.ask(prompt)
-            except RequestFailed as failure:
-                if failure.sent is not None:  # it is paid for, whatever it is
-                    await self.journal.append({"failed": key, "error": str(failure), "sent": failure.sent})
-                raise
-            finally:
+                return await self._ask(key, prompt)
+            finally:  # only now, when the reply's cost is counted: else another request would take its place
                 self.budget.reserved -= most
                 async with self._reservation_ended:
                     self._reservation_ended.notify_all()
-            record = {
-                "key": key,
-                "reply": reply.text,
-                "finish_reason": reply.finish_reason,
-                "usage": reply.usage,
-                "model": reply.model,
-                "seconds": reply.seconds,
-                "prompt_version": self.version,
-                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
-            record |= {"first_token": reply.first_token} if reply.first_token else {}
-            await self.journal.append(record)
-            self._known[key] = record
-            self.asked += 1
-            self.tokens.update(reply.usage)
-            self.budget.count(record)
-            return record
+
+    async def _ask(self, key: str, prompt: str) -> dict[str, Any]:
+        try:
+            reply = await self.client.ask(prompt)
+        except RequestFailed as failure:
+            if failure.sent is not None:  # it is paid for, whatever it is
+                await self.journal.append({"failed": key, "error": str(failure), "sent": failure.sent})
+            raise
+        record = {
+            "key": key,
+            "reply": reply.text,
+            "finish_reason": reply.finish_reason,
+            "usage": reply.usage,
+            "model": reply.model,
+            "seconds": reply.seconds,
+            "prompt_version": self.version,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        record |= {"first_token": reply.first_token} if reply.first_token else {}
+        await self.journal.append(record)
+        self._known[key] = record
+        self.asked += 1
+        self.tokens.update(reply.usage)
+        self.budget.count(record)
+        return record
 
     async def _reserve(self, prompt: str) -> float:
         most = self.budget.most(prompt, self.client.max_tokens)
