@@ -31,7 +31,14 @@ from alpaca.common.run_record import run_record
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
 from alpaca.training.arguments import DataArguments as DataArguments
 from alpaca.training.arguments import ModelArguments as ModelArguments
-from alpaca.training.checkpoint import check_disk, checkpoint_to_resume, checkpoints, nothing_lost, verify
+from alpaca.training.checkpoint import (
+    changed_batch,
+    check_disk,
+    checkpoint_to_resume,
+    checkpoints,
+    nothing_lost,
+    verify,
+)
 from alpaca.training.checks import read_command_line
 
 # Names that other code imports from here: those written "as" above, and these, which need torch, on demand.
@@ -76,6 +83,8 @@ def train(argv: list[str] | None = None) -> None:
     resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, say)
     if args.resume_from_checkpoint:
         say(f"resuming from {resume}" if resume else f"no finished checkpoint in {args.output_dir}: starting anew")
+        if resume and (changed := changed_batch(resume, args)):
+            say(changed)
     config = load_config(model_args.model_name_or_path, args.cache_dir)
     check_wrap_class(config, args.fsdp_config)
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)

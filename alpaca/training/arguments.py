@@ -47,7 +47,8 @@ class ModelArguments:
     lora_alpha: int | None = flag(None, "Scale of the adapters. Default: twice the rank.")
     lora_dropout: float = flag(0.05, "Dropout before the adapters.")
     lora_target_modules: str | None = flag(
-        None, "Comma-separated layer names that get adapters. Default: the model's query, key and value projections."
+        None,
+        "Layers with adapters: names with commas between, or all-linear. Default: query, key and value.",
     )
     merge_lora: bool = flag(False, "Adds the trained adapters into the weights, so that the result is a plain model.")
     qlora: bool = flag(False, "LoRA on a base in 4 bits (a GPU and bitsandbytes are needed).")
@@ -98,6 +99,7 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "torchdynamo": "torch_compile_backend",
+    "torch_dtype": "dtype",
 }
 # Settings of 2023 whose effect is now always on, or gone from the libraries: (why nothing is lost by leaving them out).
 DROPPED = {

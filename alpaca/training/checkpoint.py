@@ -105,6 +105,22 @@ def checkpoint_to_resume(asked: str | None, output_dir: str, say=print) -> str |
     return None
 
 
+def rows_per_step(args: Any) -> int:
+    """Rows of one optimizer step over all processes and micro-batches."""
+    return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
+def changed_batch(folder: str, args: Any) -> str | None:
+    """A sentence where the run of a checkpoint took other rows a step than `args` do; None where it is not known."""
+    then, now = json.loads((Path(folder) / SEAL).read_text(encoding="utf-8")).get("rows_per_step"), rows_per_step(args)
+    if then in (None, now):
+        return None
+    return (
+        f"note: {Path(folder).name} was made with {then} rows a step, this run takes {now}: its steps count on, so "
+        "another share of the data, and another place in the schedule, is taken as done"
+    )
+
+
 def rotate(output_dir: str | os.PathLike, keep: int | None, best: str | None = None) -> None:
     """Deletes all but the newest `keep` sealed checkpoints, unfinished ones older than those, and never `best`."""
     if not keep:
@@ -127,8 +143,7 @@ def check_disk(args: Any, parameters: int, trainable: int, rows: int) -> str:
     `parameters`: of the model; `trainable`: those with optimizer state (a float32 weight and two Adam moments);
     `rows`: of the training data.
     """
-    rows_per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / rows_per_step * args.num_train_epochs)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / rows_per_step(args) * args.num_train_epochs)
     steps_per_save = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     saves = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}
     saves = saves.get(str(args.save_strategy.value), math.ceil(steps / steps_per_save))

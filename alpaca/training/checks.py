@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import is_inside
 from alpaca.common.tasks import TASK_FILES
-from alpaca.training.arguments import argv_pairs, modernise, parse, print_help, read_mapping
+from alpaca.training.arguments import argv_pairs, is_true, modernise, parse, print_help, read_mapping
 from alpaca.training.checkpoint import SEAL, checkpoints
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -95,6 +95,11 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
                 "--merge_lora True cannot merge into 4-bit weights: leave it out; `python inference.py serve "
                 "--model_name_or_path OUT --merged_dir DIR` then writes and serves the plain model"
             )
+        if run["fsdp"]:
+            problem(
+                "--qlora and --fsdp do not go together: only the first process would hold 4-bit weights. Train 4-bit "
+                "adapters in one process, or 16-bit ones with --lora_r 16 --dtype bfloat16 --fsdp True"
+            )
         if run["deepspeed"]:
             problem("--qlora and --deepspeed do not go together: ZeRO-3 cannot shard 4-bit weights")
     if run["fsdp"] and run["deepspeed"]:
@@ -106,6 +111,11 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
     for name in ("eval_strategy", "eval_on_start"):
         if (value := run[name]) not in (False, "no") and not has_eval:
             problem(f"--{name} {value} needs held-out rows: add --eval_data_path FILE or --val_size 200")
+    metric = run["metric_for_best_model"]
+    if metric not in (None, "loss", "eval_loss"):
+        problem(f"--metric_for_best_model {metric}: only the held-out loss is measured; leave it out, or say eval_loss")
+    if run["push_to_hub"] and is_true([os.environ.get("HF_HUB_OFFLINE", "0")]):
+        problem("--push_to_hub True cannot reach the hub: HF_HUB_OFFLINE is set. Leave the flag out or unset it")
     if data["eval_data_path"] and data["val_size"]:
         problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
     if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
@@ -147,6 +157,15 @@ def output_problem(folder: Path, resume: str | None, overwrite: bool) -> str | N
     return None
 
 
+# Optimizers of other packages: the part of the name that tells -> the package to import.
+OPTIMIZER_PACKAGES = {
+    "8bit": "bitsandbytes", "paged": "bitsandbytes", "bnb": "bitsandbytes", "ademamix": "bitsandbytes",
+    "lion": "bitsandbytes", "anyprecision": "torchdistx",
+    "apex": "apex", "galore": "galore_torch", "apollo": "apollo_torch", "lomo": "lomo_optim", "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree", "stable_adamw": "optimi", "torch_4bit": "torchao", "torch_8bit": "torchao",
+}  # fmt: skip
+
+
 def is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
@@ -156,6 +175,11 @@ def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
     wanted = run.get("report_to") or []
     wanted = [(f"--report_to {name}", name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
     wanted = [(what, name) for what, name in wanted if name in ("tensorboard", "wandb", "trackio")]
+    optimizer = run.get("optim") or ""
+    # The longest part decides: adamw_torch_8bit is torchao's.
+    found = max((part for part in OPTIMIZER_PACKAGES if part in optimizer), key=len, default=None)
+    if found:
+        wanted.append((f"--optim {optimizer}", OPTIMIZER_PACKAGES[found]))
     if run.get("use_liger_kernel"):
         wanted.insert(0, ("--use_liger_kernel True", "liger_kernel"))
     return [

@@ -336,6 +336,9 @@ def load_data(
             say(f"{seen - len(rows)} rows of --data_path are in --eval_data_path too and are not trained on")
     elif data_args.val_size:
         rows, held_out = split_validation(rows, data_args.val_size, seed)
+    encoder = text_encoder(tokenizer)
+    if encoder.before.count(tokenizer.bos_token_id) > 1:
+        say(f"note: the tokenizer itself puts {encoder.before.count(tokenizer.bos_token_id)} BOS before every text")
     options = data_args.truncation, data_args.data_cache_dir, data_args.preprocessing_workers
     train_set = tokenize_dataset(rows, tokenizer, max_length, *options)
     eval_set = tokenize_dataset(held_out, tokenizer, max_length, *options) if held_out else None
@@ -428,6 +431,19 @@ class PaddingFreeCollator:
             batch.update(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
             batch.update(max_length_q=max(lengths), max_length_k=max(lengths))
         return batch
+
+
+class Collator:
+    """Batches without padding until `pad` is called; padded ones from then on, or where there is no other."""
+
+    def __init__(self, padding_free: PaddingFreeCollator | None, padded: PaddedCollator):
+        self.padding_free, self.padded = padding_free, padded
+
+    def pad(self) -> None:
+        self.padding_free = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return (self.padding_free or self.padded)(examples)
 
 
 def takes_logits_to_keep(model) -> bool:

@@ -12,6 +12,20 @@ import torch
 from alpaca.common.prompt import IGNORE_INDEX
 
 
+def answer_losses(model: Any, batch: dict[str, Any], device: Any) -> torch.Tensor:
+    """Negative log-likelihood (nats) of each answer token of a collated batch, in its order: float32 [tokens].
+
+    Computed from the logits: the model's own loss holds the routers' balance too in mixtures of experts.
+    """
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    labels = batch.pop("labels")
+    targets = batch.pop("shift_labels") if "shift_labels" in batch else labels[:, 1:]
+    with torch.no_grad():
+        logits = model(**batch).logits[:, : targets.shape[1]]
+        kept = targets != IGNORE_INDEX
+        return torch.nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
+
+
 def loss_on_dataset(
     model: Any, dataset: Any, collate: Callable, batch_size: int, device: Any, rank: int = 0, world: int = 1,
     max_batches: int | None = None,
@@ -27,20 +41,13 @@ def loss_on_dataset(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for turn in range(math.ceil(len(starts) / world)):
-            mine = turn * world + rank
-            start = starts[mine if mine < len(starts) else 0]
-            batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-            batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-            labels = batch.pop("labels")
-            targets = batch.pop("shift_labels") if "shift_labels" in batch else labels[:, 1:]
-            # Not the model's own loss, which in mixtures of experts holds the routers' balance too.
-            logits = model(**batch).logits[:, : targets.shape[1]]
-            kept = targets != IGNORE_INDEX
-            losses = torch.nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
-            if mine < len(starts):
-                sums += torch.stack([losses.double().sum(), kept.sum().double()])
+    for turn in range(math.ceil(len(starts) / world)):
+        mine = turn * world + rank
+        start = starts[mine if mine < len(starts) else 0]
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        losses = answer_losses(model, collate(rows), device).double()
+        if mine < len(starts):
+            sums += torch.stack([losses.sum(), torch.tensor(float(len(losses)), dtype=torch.float64, device=device)])
     model.train(was_training)
     if world > 1:
         torch.distributed.all_reduce(sums)

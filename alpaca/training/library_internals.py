@@ -6,7 +6,6 @@ Not a command. tests/training/test_library_internals.py fails by name where a ne
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import transformers
@@ -14,6 +13,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations import moe
 
 
 def prepare_deepspeed_on_cpu() -> None:
@@ -52,6 +52,31 @@ def unsharded() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = known
 
 
+def prepare_buffers_apart(trainer: transformers.Trainer) -> None:
+    """Lets accelerate shard models whose state dict holds buffers (DeepSeek-V3's router bias) with FSDP2.
+
+    It takes all that a state dict holds for sharded weights. So buffers are left out of it while it prepares
+    the model (`_non_persistent_buffers_set`), and rank 0's values go to the other processes afterwards.
+    """
+    prepare = trainer.accelerator.prepare
+
+    def prepare_apart(*args, **kwargs):
+        hidden = []
+        for module in trainer.model.modules():
+            names = set(module._buffers) - module._non_persistent_buffers_set
+            module._non_persistent_buffers_set |= names
+            hidden.append((module, names))
+        prepared = prepare(*args, **kwargs)
+        for module, names in hidden:
+            module._non_persistent_buffers_set -= names
+            for name in sorted(names):
+                if module._buffers[name] is not None:
+                    torch.distributed.broadcast(module._buffers[name], src=0)
+        return prepared
+
+    trainer.accelerator.prepare = prepare_apart
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU computes in bfloat16; without the instructions float32 is four times faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -75,6 +100,10 @@ def attention_kernel(model: torch.nn.Module) -> str:
 def hands_arguments_to_attention(model: torch.nn.Module) -> bool:
     """Whether the arguments of the model's call reach the attention function."""
     return bool(model._supports_attention_backend)
+
+
+def supports_flash_attention(model: torch.nn.Module) -> bool:
+    return bool(model._supports_flash_attn)
 
 
 @contextlib.contextmanager
@@ -103,6 +132,16 @@ def count_saved_tensors(model: torch.nn.Module, layers: list[torch.nn.Module], k
         hook.remove()
 
 
-def fake_tensors() -> Any:
-    """A context in which tensors have shapes and types and take no memory."""
-    return FakeTensorMode()
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors made inside have shapes and types and take no memory.
+
+    torch knows the shapes of the experts' grouped products in bfloat16 alone; transformers' fallback knows all.
+    """
+    can_use = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *_: False
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        moe._can_use_grouped_mm = can_use

@@ -51,6 +51,8 @@ def memory_estimate(
         parts["gradients"] = trained * (4 if adapters else stored) / shards
         parts["optimizer"] = trained * _optimizer_bytes(args, 4 if adapters else stored) / shards
     on_host = _offloaded(args, zero3)
+    accelerator = getattr(args, "accelerator_config", None)
+    synced = (getattr(accelerator, "gradient_accumulation_kwargs", None) or {}).get("sync_each_batch", False)
 
     live = {}
     if zero3:
@@ -59,6 +61,9 @@ def memory_estimate(
         # The layer at work and the one fetched ahead, the embeddings, and one layer's gradients before they are cut.
         live["weights gathered for a moment"] = (2 * weights["layer"] + weights["outside"]) * compute
         live["gradients of one layer, whole"] = 0 if adapters else weights["layer"] * compute
+        if args.gradient_accumulation_steps > 1 and not synced:
+            # Summed in float32 (training_arguments.fsdp_precision); sync_each_batch does without them.
+            live["gradients between micro-batches, whole"] = trained * (4 if half else stored)
     elif world > 1:
         live["DDP's buckets"] = trained * stored
     rows, length = args.per_device_train_batch_size, args.model_max_length
@@ -80,7 +85,15 @@ def memory_estimate(
         table.append((part, 0.0, size / GB) if part in on_host else (part, size / GB, 0.0))
     table += [(part, size / GB, 0.0) for part, size in live.items() if size]
     loading = weights["all"] * torch.empty(0, dtype=_weight_dtype(config, model_args)).element_size()
-    return [*table, ("while loading, first process only", 0.0, loading / GB)] if shards > 1 else table
+    base = (config.dtype or torch.float32).itemsize
+    saved = base if args.save_dtype == "auto" else getattr(torch, args.save_dtype).itemsize
+    # The gathered weights, the model that is opened again, and one layer and the ends of it in float32.
+    checking = 2 * weights["all"] * saved + 4 * (weights["layer"] + weights["outside"])
+    if adapters and not model_args.merge_lora:
+        checking = weights["all"] * saved + 4 * (weights["layer"] + weights["outside"])
+    if shards > 1:
+        table.append(("while loading, first process only", 0.0, loading / GB))
+    return [*table, ("final check, first process only", 0.0, checking / GB)]
 
 
 def memory_table(estimate: list[tuple[str, float, float]]) -> str:

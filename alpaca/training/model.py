@@ -13,15 +13,22 @@ from typing import Any
 import peft
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_utils import set_zero3_state
+from transformers.pytorch_utils import Conv1D
 
 from alpaca.common.errors import UserError
 from alpaca.common.files import refuse_lfs_pointer
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN
-from alpaca.training.library_internals import layer_classes, unsharded
+from alpaca.training.library_internals import layer_classes, supports_flash_attention, unsharded
 
 
 def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> Any:
@@ -38,13 +45,24 @@ def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> 
 
 
 def load_config(name: str, cache_dir: str | None = None) -> Any:
-    """The base's config; UserError where it cannot be read, or a file of the folder `name` is a git-lfs pointer."""
+    """The base's settings.
+
+    Raises UserError where they cannot be read, where a file of the folder `name` is a git-lfs pointer, and where they
+    are not those of a causal text model.
+    """
     if Path(name).is_dir():
         refuse_lfs_pointer(name)
     try:
-        return AutoConfig.from_pretrained(name, cache_dir=cache_dir)
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: its config cannot be read: {first_line(error)}") from error
+    if hasattr(config, "vision_config") or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "has a part for pictures" if hasattr(config, "vision_config") else "is not a causal language model"
+        raise UserError(
+            f"--model_name_or_path {name}: {config.model_type} {kind}; train.py trains text models. "
+            "Name a checkpoint of its text model alone."
+        )
+    return config
 
 
 def first_line(error: BaseException) -> str:
@@ -113,11 +131,15 @@ def embedding_rows(rows: int, tokens: int, multiple: int | None) -> int:
 # Loading.
 
 
-def pick_attention(requested: str | None, on_gpu: bool) -> str | None:
-    """The attention to load a model with; None lets transformers take sdpa, or eager for a model that lacks it."""
-    if requested:
+def pick_attention(requested: str | None, config: Any, dtype: torch.dtype, args: Any) -> str | None:
+    """The attention to load a model with; None lets transformers take sdpa, or eager for a model that lacks it.
+
+    Flash attention by itself only where it is installed, the model supports it and the arithmetic is 16 bit.
+    """
+    if requested or args.device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
         return requested
-    return "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else None
+    half = args.bf16 or args.fp16 or dtype != torch.float32
+    return "flash_attention_2" if half and supports_flash_attention(empty_model(config)) else None
 
 
 def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -> Any:
@@ -128,8 +150,8 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     """
     args, name = training_args, model_args.model_name_or_path
     config = load_config(name, args.cache_dir)
-    attention = pick_attention(model_args.attn_implementation, args.device.type == "cuda")
     dtype = config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    attention = pick_attention(model_args.attn_implementation, config, dtype, args)
     adapters = bool(model_args.lora_r or model_args.qlora)
     special = {}
     if tokenizer.pad_token is None:
@@ -141,7 +163,7 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
     multiple = None if adapters else model_args.pad_to_multiple_of
 
     zero3 = bool(args.deepspeed) and args.hf_deepspeed_config.is_zero3()
-    holds_weights = not (args.fsdp or zero3) or args.process_index == 0
+    one_copy = zero3 or (args.fsdp and args.fsdp_plugin_args["cpu_ram_efficient_loading"])
 
     def full_model() -> Any:
         options = {"quantization_config": four_bit()} if model_args.qlora else {}
@@ -166,7 +188,7 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
 
     if zero3:
         model = zero3_model(full_model, empty_config, args)
-    elif holds_weights:
+    elif args.process_index == 0 or not one_copy:
         model = full_model()
     else:
         # Not on "meta": accelerate tells the optimizer's parameters apart by address. These have addresses, and no
@@ -218,25 +240,26 @@ def four_bit() -> Any:
     )  # fmt: skip
 
 
-def attention_projections(model: Any) -> list[str]:
-    """The names of the model's query, key and value layers, as found in it: q_proj, query_key_value, c_attn, ..."""
-    names = {
-        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) or hasattr(m, "nf")
+def adapter_targets(model: Any, model_args: Any) -> list[str]:
+    """The names of the layers that get adapters: those asked for, or the model's query, key and value projections."""
+    asked, head = model_args.lora_target_modules, model.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
+    if asked == "all-linear":  # peft's word
+        return sorted(linear)
+    if asked:
+        return [part.strip() for part in asked.split(",")]
     for known in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("qkv_proj",), ("query_key_value",),
                   ("c_attn",), ("Wqkv",), ("q_lin", "k_lin", "v_lin")):  # fmt: skip
-        if set(known) <= names:
+        if set(known) <= linear:
             return list(known)
     raise UserError(
         "--lora_target_modules is needed: the model has no query, key and value layers with a known name. "
-        f"Its linear layers: {', '.join(sorted(names))}"
+        f"Its linear layers: {', '.join(sorted(linear))}; all of them: --lora_target_modules all-linear"
     )
-
-
-def adapter_targets(model: Any, model_args: Any) -> list[str]:
-    """The names of the layers that get adapters."""
-    named = model_args.lora_target_modules
-    return [part.strip() for part in named.split(",")] if named else attention_projections(model)
 
 
 def with_adapters(model: Any, model_args: Any, args: Any, say) -> Any:
@@ -256,16 +279,34 @@ def with_adapters(model: Any, model_args: Any, args: Any, say) -> Any:
         model = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {model_args.lora_target_modules}: {first_line(error)}") from error
+    if args.fsdp and adapts_tied_ends(model):
+        raise UserError(
+            "--lora_target_modules on the embedding or the output of a model that ties them: FSDP2 cannot shard it. "
+            "Leave them out, or use --deepspeed configs/default_offload_opt_param.json in place of --fsdp."
+        )
     trained, total = model.get_nb_trainable_parameters()
     say(f"LoRA rank {rank} on {', '.join(targets)}: {trained:,} of {total:,} parameters are trained")
     return model
 
 
+def adapts_tied_ends(model: Any) -> bool:
+    """Whether embedding or output have adapters in a model that ties the two."""
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = base.config.get_text_config().tie_word_embeddings
+    return tied and any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends)
+
+
 def merge_adapters(model: Any, weights: dict[str, Any], dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """The plain model, and its weights in `dtype`, that the adapted `model` with the gathered `weights` amounts to."""
+    """The plain model, and its weights in `dtype`, that the adapted `model` with the gathered `weights` amounts to.
+
+    A tied head stays tied, unless it or the embedding has adapters of its own: then the plain model has both.
+    """
     config = model.get_base_model().config
     with torch.device("meta"):
         shell = peft.get_peft_model(empty_model(config), model.peft_config["default"])
     shell.load_state_dict(weights, assign=True, strict=False)
+    if not adapts_tied_ends(shell):
+        shell.get_base_model().tie_weights()
     merged = shell.merge_and_unload()
     return merged, {name: tensor.to(dtype) for name, tensor in merged.state_dict().items()}

@@ -25,6 +25,7 @@ from alpaca.common.files import atomic_write, jdump, write_jsonl
 from alpaca.common.journal import read_records
 from alpaca.common.prompt import PROMPT_DICT
 from alpaca.common.run_record import git_commit, package_versions
+from alpaca.training.checkpoint import rows_per_step
 from alpaca.training.data import count_tokens
 from alpaca.training.model import empty_model
 
@@ -156,12 +157,15 @@ class ReportCallback(TrainerCallback):
         losses = [line["loss"] for line in self.lines if "loss" in line]
         held_out = [line["eval_loss"] for line in self.lines if "eval_loss" in line]
         totals, seconds = self.totals, max(self.totals["seconds"], 1e-9)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        saved = int(best.rsplit("-", 1)[1]) if best else state.global_step
+        saved_losses = [line["eval_loss"] for line in self.lines if "eval_loss" in line and line["step"] == saved]
         mfus = [line["mfu"] for line in self.lines if "mfu" in line]
         return {
             "steps": state.global_step,
             "steps_of_this_session": totals["steps"],
             "epochs": round(state.epoch or 0, 4),
-            "rows_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "rows_per_step": rows_per_step(args),
             "processes": args.world_size,
             "hardware": hardware_name(args),
             "seconds": round(totals["seconds"], 4),
@@ -176,6 +180,8 @@ class ReportCallback(TrainerCallback):
             "mean_loss_of_last_tenth": mean(losses[-max(len(losses) // 10, 1) :]),
             "eval_loss_first": held_out[0] if held_out else None,
             "eval_loss_last": held_out[-1] if held_out else None,
+            "saved_step": saved,
+            "eval_loss_of_saved_step": saved_losses[-1] if saved_losses else None,
             "peak_memory_gb_per_process": memory,
             "data": self.data_report,
             "packages": package_versions(),
@@ -201,6 +207,12 @@ def report_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "held-out loss",
             f"{report['eval_loss_first']:.4f} -> {report['eval_loss_last']:.4f}"
             if report["eval_loss_first"] is not None
+            else "",
+        ),
+        (
+            "saved",
+            f"step {report['saved_step']:,}, the best one: held-out loss {report['eval_loss_of_saved_step']:.4f}"
+            if report["saved_step"] != report["steps"] and report["eval_loss_of_saved_step"] is not None
             else "",
         ),
         ("peak memory", f"{report['peak_memory_gb_per_process']:.2f} GB a process"),

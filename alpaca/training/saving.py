@@ -5,6 +5,9 @@ Not a command; train.py uses it.
 
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.common.files import fsync_dir, jdump, jload, usual_rights
 from alpaca.common.prompt import alpaca_chat_template
 from alpaca.training.checkpoint import SEAL, seal
-from alpaca.training.library_internals import unsharded
+from alpaca.training.library_internals import layer_classes, unsharded
 from alpaca.training.model import merge_adapters
 
 
@@ -33,19 +36,20 @@ def save(trainer, tokenizer, config, model_args, args, say=print) -> None:
     weights = gather_weights(
         trainer.model_wrapped, trainer.accelerator, torch.float32 if model_args.merge_lora else dtype
     )
-    if args.process_index == 0:
-        if model_args.merge_lora:
-            model, weights = merge_adapters(model, weights, dtype)
+
+    def write() -> None:
+        plain, tensors = merge_adapters(model, weights, dtype) if model_args.merge_lora else (model, weights)
         coarse = args.bf16 or args.fp16 or args.tf32 or dtype != torch.float32
         coarse = coarse or model_args.dtype not in ("float32", "auto")
         # Adapters of a 4-bit base are opened on the whole one, which 4 bits are no fine copy of.
         rounding = 0.5 if model_args.qlora else 5e-2 if coarse else 1e-3
-        done = write_verified(model, weights, dtype, tokenizer, args.output_dir, probe, expected, rounding)
+        done = write_verified(plain, tensors, dtype, tokenizer, args.output_dir, probe, expected, rounding)
         say(
             f"saved to {args.output_dir} in {done['dtype']}: {done['files']} files, {done['bytes'] / 1e9:.2f} GB; read "
             f"back, every tensor as in memory, logits within {done['difference']:.1e} of the trained model's"
         )
-    trainer.accelerator.wait_for_everyone()
+
+    on_first_process(args, write)
     trainer.save_state()
 
 
@@ -53,7 +57,7 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
     """All weights of `model` on the CPU of rank 0 in `dtype`, one tensor at a time; {} on the other ranks.
 
     Every rank must call it. `model`: what Trainer trains, sharded (FSDP, ZeRO) or not. Tied weights appear under
-    every name that the model's own state dict gives them, except under ZeRO, which knows the first name only.
+    every name that the model's own state dict gives them.
     """
     main, weights = accelerator.is_main_process, {}
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1]
@@ -69,7 +73,7 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         inner = accelerator.unwrap_model(model, keep_torch_compile=False)
-        for name, parameter in inner.named_parameters():
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
             # The float32 master copy where there is one: 16-bit shards are only its rounding.
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if master is not None:
@@ -112,7 +116,8 @@ def write_verified(
     beside.mkdir(parents=True)
     try:
         # A tied head is stored once, as in the base: in a diff of the two it would count twice.
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        is_tied = model.config.get_text_config().tie_word_embeddings
+        tied = getattr(model, "all_tied_weights_keys", None) or {} if is_tied else {}
         weights = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
         model.save_pretrained(beside, state_dict=weights, max_shard_size="5GB")
         tokenizer.save_pretrained(beside)
@@ -174,10 +179,46 @@ def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expect
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report.get(what, ()))):
             wrong(f"{what.replace('_', ' ')}: {', '.join(names[:5])}")
-    model = model.float().eval()
+    model = float32_by_layer(model).eval()
     with torch.no_grad():
         logits = model(input_ids=probe.cpu()).logits.float()
     difference = ((logits - expected.cpu()).norm() / expected.cpu().norm()).item()
     if not difference <= rounding:  # also where it is nan
         wrong(f"its logits differ from the trained model's by {difference:.2%} (at most {rounding:.1%} is rounding)")
     return difference
+
+
+def float32_by_layer(model: Any) -> Any:
+    """`model` made to compute in float32 while only one of its layers at a time is held in float32."""
+    layers = [module for module in model.modules() if type(module).__name__ in layer_classes(model)]
+    inside = {id(weight) for layer in layers for weight in layer.parameters()}
+    for weight in model.parameters():
+        if weight.is_floating_point() and id(weight) not in inside:
+            weight.data = weight.data.float()
+    for layer in layers:
+        stored = next(layer.parameters()).dtype
+        layer.register_forward_pre_hook(lambda layer, _: layer.float() and None)
+        layer.register_forward_hook(lambda layer, *_, stored=stored: layer.to(stored) and None)
+    return model
+
+
+def on_first_process(args: Any, work: Callable[[], None], seconds: float = 10.0) -> None:
+    """Runs `work` on the first process while the others wait for it, however long it takes.
+
+    A barrier gives up after --ddp_timeout (1,800 s), which writing and checking a large model may take. Here all meet
+    every few seconds. Raises on every process where `work` fails.
+    """
+    if args.world_size == 1:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work) if args.process_index == 0 else None
+        state = torch.zeros(1, device=args.device)  # 0: at work, 1: done, 2: failed
+        while not state.item():
+            if job is not None:
+                wait_for([job], timeout=seconds)
+                state.fill_(0 if not job.done() else 2 if job.exception() else 1)
+            torch.distributed.broadcast(state, src=0)
+        if job is not None:
+            job.result()
+        elif state.item() == 2:
+            raise RuntimeError("the first process failed to write; its message says why")

@@ -14,24 +14,35 @@ from transformers import Trainer, TrainerCallback
 
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoint
-from alpaca.training.attention import padding_free_collator
-from alpaca.training.data import PaddedCollator
+from alpaca.training.attention import padding_free_collator, rows_stay_apart
+from alpaca.training.data import Collator, PaddedCollator
 from alpaca.training.held_out import loss_on_dataset
+from alpaca.training.library_internals import prepare_buffers_apart
 from alpaca.training.report import ReportCallback
+from alpaca.training.saving import on_first_process
 
 
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, data_report, say=print):
     """(trainer, the callback that knows whether a signal ended training)."""
-    collator = padding_free_collator(model, args, say) if data_args.padding_free else None
+    padding_free = padding_free_collator(model, args, say) if data_args.padding_free else None
     # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
     keep, args.save_total_limit = args.save_total_limit, None
     trainer = SupervisedTrainer(
         model=model, args=args, train_dataset=train_set, eval_dataset=eval_set,
-        data_collator=collator or PaddedCollator(tokenizer.pad_token_id), processing_class=tokenizer,
+        data_collator=Collator(padding_free, PaddedCollator(tokenizer.pad_token_id)), processing_class=tokenizer,
     )  # fmt: skip
+    if args.fsdp:
+        prepare_buffers_apart(trainer)
     trainer.report = ReportCallback(trainer, data_report, adapters=bool(model_args.lora_r or model_args.qlora))
     stop = StopOnSignal(trainer)
-    for callback in (SayShards(), HeldOutLoss(trainer), SealCheckpoints(trainer, keep), trainer.report, stop):
+    for callback in (
+        SayShards(),
+        ProveRowsApart(trainer, say),
+        HeldOutLoss(trainer),
+        SealCheckpoints(trainer, keep),
+        trainer.report,
+        stop,
+    ):
         trainer.add_callback(callback)
     return trainer, stop
 
@@ -52,8 +63,12 @@ class SupervisedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's loss: the sum over answer tokens by their number in the global batch. Stops where it is nan."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
+        if torch.is_tensor(num_items_in_batch):
+            # Trainer makes it a float32, which FSDP2 casts like any input: 265 tokens became 264 in bfloat16.
+            num_items_in_batch = num_items_in_batch.long()
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            loss = loss - self.surplus_router_loss(outputs)
         if not torch.isfinite(loss):
             rows = rows_of_batch(inputs, self.train_dataset)
             error = UserError(
@@ -64,7 +79,26 @@ class SupervisedTrainer(Trainer):
             if self.args.process_index:  # the first process speaks for all, but only this one has seen these rows
                 print(f"error: {error}", file=sys.stderr)
             raise error
-        return result
+        return (loss, outputs) if return_outputs else loss
+
+    def surplus_router_loss(self, outputs) -> torch.Tensor | float:
+        """What a mixture of experts has too much of its routers' balance loss in one micro-batch's loss.
+
+        The answer tokens' part is a sum by the global batch's count, so that micro-batches and processes add up. The
+        model adds the routers' part, a mean, whole to each: they would add up to as many times the coefficient.
+        """
+        router_loss = getattr(outputs, "aux_loss", None)
+        if not isinstance(router_loss, torch.Tensor):
+            return 0.0
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        holders = (model, model.config, model.config.get_text_config())
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        coefficient = next((getattr(h, n) for h in holders for n in names if getattr(h, n, None) is not None), 0.0)
+        counted = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return (
+            coefficient * router_loss.to(outputs.loss.device) * (counted - 1 / self.current_gradient_accumulation_steps)
+        )
 
     def held_out_loss(self, dataset, max_batches: int | None = None) -> dict[str, Any]:
         args = self.args
@@ -109,6 +143,33 @@ def sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
             yield tuple(token for token, real in zip(row, mask, strict=True) if real)
 
 
+class ProveRowsApart(TrainerCallback):
+    """Before step 1: batches without padding must give the padded ones' losses; else the run goes on padded."""
+
+    def __init__(self, trainer: SupervisedTrainer, say):
+        self.trainer, self.say = trainer, say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, collator = self.trainer, self.trainer.data_collator
+        if collator.padding_free is None:
+            return
+        model = trainer.model_wrapped
+        half = next(model.parameters()).dtype != torch.float32 or args.bf16 or args.fp16 or args.tf32
+        same, apart, leak = rows_stay_apart(
+            model, collator.padding_free, collator.padded, trainer.train_dataset, args.device, exact=not half
+        )
+        if args.world_size > 1:  # all ranks must go the same way
+            verdict = torch.tensor(float(not same), device=args.device)
+            torch.distributed.all_reduce(verdict)
+            same = verdict.item() == 0
+        if not same:
+            collator.pad()
+            self.say(
+                f"note: batches are padded: without padding two rows had other losses ({apart:.1g} apart; {leak:.1g} "
+                "where the first row was another), so this model's attention does not keep rows apart"
+            )
+
+
 class HeldOutLoss(TrainerCallback):
     """Two batches of the held-out rows before step 1, so that evaluation cannot fail first after hours; all at the end.
 
@@ -123,7 +184,7 @@ class HeldOutLoss(TrainerCallback):
             self.trainer.held_out_loss(self.trainer.eval_dataset, max_batches=2 * args.world_size)
 
     def on_train_end(self, args, state, control, **kwargs):
-        finished = state.global_step >= state.max_steps
+        finished = state.global_step >= state.max_steps and not args.load_best_model_at_end  # its loss is known
         measured = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
         if self.trainer.eval_dataset is not None and finished and not measured:
             self.trainer.evaluate()
@@ -156,11 +217,17 @@ class SealCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()
-        if args.should_save:
-            folder = f"{args.output_dir}/checkpoint-{state.global_step}"
-            checkpoint.seal(folder, kind="checkpoint", step=state.global_step, processes=args.world_size)
+        facts = {
+            "step": state.global_step,
+            "processes": args.world_size,
+            "rows_per_step": checkpoint.rows_per_step(args),
+        }
+
+        def seal() -> None:
+            checkpoint.seal(f"{args.output_dir}/checkpoint-{state.global_step}", kind="checkpoint", **facts)
             checkpoint.rotate(args.output_dir, self.keep, state.best_model_checkpoint)
-        self.trainer.accelerator.wait_for_everyone()
+
+        on_first_process(args, seal)
 
 
 class StopOnSignal(TrainerCallback):

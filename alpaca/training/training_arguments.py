@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from alpaca.common.ports import free_port
 from alpaca.training import library_internals as internals
@@ -52,6 +53,8 @@ def arguments_for_this_machine(line: CommandLine, say=print) -> tuple[ModelArgum
     if processes == 1 and args.n_gpu > 1:
         say(f"note: one process trains on one of {args.n_gpu} GPUs; torchrun --nproc_per_node={args.n_gpu} takes all")
         internals.use_one_gpu(args)
+    if args.fsdp and (args.bf16 or args.fp16):
+        args.fsdp_plugin_args["mixed_precision_policy"] = fsdp_precision(args)
     if args.fsdp and not has_gpu:
         internals.present_processes_as_devices()
     return ModelArguments(**line.model), DataArguments(**line.data), args
@@ -96,6 +99,11 @@ def set_defaults(run: dict[str, Any], has_gpu: bool, notes: list[str]) -> None:
     run["fsdp"] = is_true([str(run["fsdp"])])
     if run["fsdp"]:
         run["fsdp_config"] = fsdp_settings(run["fsdp_config"] or {}, has_gpu, notes)
+        # Between micro-batches FSDP would keep every gradient whole, in float32: 27 GB a process at 7B.
+        config = run["accelerator_config"] or {}
+        config = read_mapping(config, "--accelerator_config") if isinstance(config, str) else dict(config)
+        config.setdefault("gradient_accumulation_kwargs", {"sync_each_batch": True})
+        run["accelerator_config"] = config
     run["logging_nan_inf_filter"] = False  # the trainer stops on a loss that is not finite, and names the rows
     if run["ddp_find_unused_parameters"] is None:
         run["ddp_find_unused_parameters"] = False  # every weight of these models takes part in each step
@@ -103,7 +111,8 @@ def set_defaults(run: dict[str, Any], has_gpu: bool, notes: list[str]) -> None:
 
 
 def fsdp_settings(given: str | dict[str, Any], has_gpu: bool, notes: list[str]) -> dict[str, Any]:
-    config = read_mapping(given, "--fsdp_config") if isinstance(given, str) else dict(given)
+    config = read_mapping(given, "--fsdp_config") if isinstance(given, str) else given
+    config = {name.removeprefix("fsdp_"): value for name, value in config.items()}
     # One full copy while loading, and each rank writes its own shard of a checkpoint: nobody gathers 84 GB.
     config.setdefault("cpu_ram_efficient_loading", True)
     config.setdefault("state_dict_type", "SHARDED_STATE_DICT")
@@ -112,12 +121,23 @@ def fsdp_settings(given: str | dict[str, Any], has_gpu: bool, notes: list[str]) 
         os.environ["ACCELERATE_USE_FSDP"] = "true"
         os.environ["FSDP_OFFLOAD_PARAMS"] = str(bool(config.get("cpu_offload"))).lower()
         return config
-    if config.pop("cpu_offload", config.pop("fsdp_cpu_offload", False)):
+    if config.pop("cpu_offload", False):
         notes.append("FSDP's offload is left out: without a GPU the weights are in the CPU's memory already")
     if int(config.get("version", 2)) == 1:
         notes.append("FSDP1 needs GPUs: these CPU processes shard with FSDP2, to the same losses")
         config["version"] = 2
     return config
+
+
+def fsdp_precision(args: TrainingArguments) -> Any:
+    """16-bit weights in the computation, gradients summed in float32, a loss that nothing rounds to 16 bits.
+
+    accelerate's own policy does all three in 16 bits.
+    """
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    if args.fsdp_plugin_args["fsdp_version"] == 1:
+        return MixedPrecision(param_dtype=half, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
 
 
 def sensible_threads(processes_here: int) -> int:

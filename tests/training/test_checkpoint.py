@@ -160,3 +160,70 @@ def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
             model, weights, torch.float32, AutoTokenizer.from_pretrained(tiny_llama), tmp_path, probe, expected, 1e-3
         )
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_final_check_holds_one_layer_in_float32(tiny_llama):
+    """Guards: the final check made a float32 copy of the whole model: 27 GB of host memory at 7B."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    half = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    whole = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).float().eval()
+    model, seen = saving.float32_by_layer(half), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda *_: seen.append([next(each.parameters()).dtype for each in model.model.layers])
+        )
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert all(types.count(torch.float32) <= 1 for types in seen) and len(seen) == 2
+
+
+def wait_longer_than_the_group_does(rank, folder, fails):
+    """One of two processes: the first works for longer than the group's timeout."""
+    import datetime
+    import os
+    import time
+
+    import torch
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=3)
+    )
+
+    def work():
+        time.sleep(6)
+        if fails:
+            raise RuntimeError("disk full")
+        (Path(folder) / "written").write_text("")
+
+    args = SimpleNamespace(world_size=2, process_index=rank, device=torch.device("cpu"))
+    try:
+        saving.on_first_process(args, work, seconds=0.5)
+        said = "done"
+    except RuntimeError as error:
+        said = str(error)
+    (Path(folder) / f"{rank}.txt").write_text(f"{said} {(Path(folder) / 'written').exists()}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_others_wait_for_the_first_process_without_a_timeout(tmp_path, fails):
+    """Guards: while rank 0 wrote and checked a large model, the others' barrier gave up after 1,800 s."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=wait_longer_than_the_group_does, args=(rank, str(tmp_path), fails)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    if fails:
+        assert said == ["disk full False", "the first process failed to write; its message says why False"]
+    else:
+        assert said == ["done True", "done True"]

@@ -259,4 +259,15 @@ def test_damaged_shard_is_not_resumed_from(uninterrupted, tiny_llama, tmp_path):
     resumed = [*again, "--resume_from_checkpoint", "auto", "--overwrite_output_dir", "True"]
     run = train_runs.launch(resumed, tmp_path / "log").ok()
     assert "passed over" in run.output and "resuming from" in run.output and "checkpoint-8" in run.output
+    assert "was made with" not in run.output
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "out/model.safetensors").read_bytes()
+
+
+def test_resuming_with_another_batch_is_said(uninterrupted, tiny_llama, tmp_path):
+    """Guards: a run resumed on other hardware, hence with another global batch, trained on other rows unnoticed."""
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted / "out", out)
+    shutil.copy(uninterrupted / "train.json", tmp_path)
+    again = [*words(tiny_llama, tmp_path, out, *SAVES), "--resume_from_checkpoint", "auto", "--max_steps", 13]
+    run = train_runs.launch([*again, "--gradient_accumulation_steps", 4], tmp_path / "log").ok()
+    assert "checkpoint-12 was made with 4 rows a step, this run takes 8" in run.output

@@ -219,7 +219,7 @@ def test_all_problems_are_told_at_once(tmp_path, run_script):
         env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
     )  # fmt: skip
     for text in (
-        "11 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
+        "12 problems with this run", "no flag --num_train_epoch. Did you mean --num_train_epochs?", "--learning_rate",
         "--output_dir is missing", "Did you mean " + str(tmp_path / "alpaca_data.json"), "no folder",
         "--save_dtype int8", "--qlora needs bitsandbytes", "--fsdp and --deepspeed",
         "no file " + str(tmp_path / "none.json"), "--eval_strategy steps needs held-out rows",
@@ -256,3 +256,100 @@ def test_wrong_wrap_class_lists_the_right_one(tiny_opt):
     with pytest.raises(UserError, match="right for it: OPTDecoderLayer"):
         base_model.check_wrap_class(config, {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
     base_model.check_wrap_class(config, {"transformer_layer_cls_to_wrap": ["OPTDecoderLayer"]})
+
+
+def test_torch_dtype_is_dtype():
+    """Guards: the name that transformers and its guides used until 2025 was an unknown flag."""
+    pairs, notes, _ = modern("--torch_dtype", "bfloat16")
+    assert pairs == {"dtype": ["bfloat16"]} and "--torch_dtype bfloat16 is now --dtype bfloat16" in notes[0]
+
+
+def test_optimizers_of_other_packages():
+    """Guards: --optim adamw_bnb_8bit without bitsandbytes failed after the model was loaded."""
+    for optimizer, package in (
+        ("adamw_bnb_8bit", "bitsandbytes"), ("lion_32bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao"),
+        ("galore_adamw_8bit", "galore-torch"), ("schedule_free_adamw", "schedulefree"),
+    ):  # fmt: skip
+        (problem,) = checks.check_packages({"optim": optimizer}, installed=lambda name: False)
+        assert f"--optim {optimizer} needs {package}" in problem
+    for optimizer in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop"):
+        assert checks.check_packages({"optim": optimizer}, installed=lambda name: False) == []
+
+
+def test_settings_that_fail_late_are_refused_first(tmp_path, run_script):
+    """Guards: a metric that nobody measures, a hub that cannot be reached and 4-bit weights that only the first process
+    would have were found out after hours, or never."""
+    data = tiny_models.write_tasks(tmp_path / "alpaca_data.json", 3)
+    done = run_script(
+        "train.py", "--data_path", data, "--output_dir", tmp_path / "out", "--metric_for_best_model", "eval_bleu",
+        "--push_to_hub", "True", "--qlora", "True", "--fsdp", "full_shard", status=2,
+        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    for text in (
+        "only the held-out loss is measured",
+        "HF_HUB_OFFLINE is set",
+        "--qlora and --fsdp do not go together",
+    ):
+        assert text in done.stderr, done.stderr
+
+
+def test_models_that_are_no_text_models_are_refused(tmp_path):
+    """Guards: a vision model, or an encoder, ended in a traceback after the data was tokenised."""
+    from transformers import BertConfig, LlavaConfig, T5Config
+
+    from alpaca.training.model import load_config
+
+    for config, reason in ((LlavaConfig(), "has a part for pictures"), (T5Config(), "is not a causal language model")):
+        config.save_pretrained(tmp_path / config.model_type)
+        with pytest.raises(UserError, match=reason):
+            load_config(str(tmp_path / config.model_type))
+    BertConfig().save_pretrained(tmp_path / "bert")  # has a causal head: transformers' business
+    assert load_config(str(tmp_path / "bert")).model_type == "bert"
+
+
+def test_two_bos_are_said(tiny_llama, tmp_path):
+    """Guards: a tokenizer that puts BOS twice trains prompts that no server will send."""
+    from tokenizers import processors
+
+    from alpaca.training.data import load_data
+    from alpaca.training.model import load_tokenizer
+
+    tokenizer, said = load_tokenizer(str(tiny_llama), 512), []
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", special_tokens=[("<s>", 1)]
+    )
+    data = tiny_models.write_tasks(tmp_path / "alpaca_data.json", 3)
+    settings = arguments.DataArguments(data_path=str(data), data_cache_dir=str(tmp_path / "tokens"))
+    load_data(settings, 512, 0, tokenizer, said.append)
+    assert said == ["note: the tokenizer itself puts 2 BOS before every text"]
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head", "embed_tokens,q_proj", "all-linear"])
+def test_adapters_of_a_tied_model_are_merged(targets, tiny_tied, tmp_path):
+    """Guards: with tied embeddings the merged model lacked its head, which was found out after all the training."""
+    from transformers import AutoModelForCausalLM
+
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    run = train_runs.launch(
+        [
+            "--model_name_or_path", tiny_tied, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 2,
+            "--per_device_train_batch_size", 2, "--learning_rate", "1e-2", "--save_strategy", "no", "--lora_r", 4,
+            "--merge_lora", "True", "--lora_target_modules", targets, "--data_cache_dir", tmp_path / "tokens",
+        ],
+        tmp_path / "log",
+    ).ok()  # fmt: skip
+    assert "read back, every tensor as in memory" in run.output
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    assert model.config.tie_word_embeddings == (targets in ("q_proj", "all-linear"))
+    if targets == "all-linear":
+        assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in run.output
+
+
+def test_adapters_on_tied_ends_under_fsdp_are_refused(tiny_tied, tmp_path):
+    """Guards: accelerate's KeyError about an attribute that already exists, after loading."""
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    argv = ["--model_name_or_path", tiny_tied, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    argv += ["--fsdp", "True", "--lora_r", 4, "--lora_target_modules", "lm_head", "--data_cache_dir", tmp_path / "t"]
+    run = train_runs.launch(argv, tmp_path / "log", processes=2)
+    assert run.status == 2 and "FSDP2 cannot shard it" in run.output and "Traceback" not in run.output

@@ -137,6 +137,37 @@ def test_special_token_prefix_and_suffix(tiny_llama, tmp_path):
         tokenise(tiny_models.make_tasks(2), tokenizer, tmp_path)
 
 
+def unigram_tokenizer():
+    """A SentencePiece-like Unigram tokenizer, whose control tokens are the likeliest of all pieces (score 0)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<unk>"]
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=500, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=list("</>#\n")
+    )
+    backend.train_from_iterator(tiny_models.corpus(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("name", [*MODELS, "unigram"])
+def test_special_tokens_spelt_in_a_text_are_text(request, tmp_path, name):
+    """A row that spells "</s>" or "<|im_end|>" ended the answer in its middle, with loss: a way to poison a set. In the
+    prompt it ended the turn, at inference too."""
+    tokenizer = unigram_tokenizer() if name == "unigram" else tokenizer_of(request.getfixturevalue(name))
+    words = " ".join(tokenizer.all_special_tokens) + "".join(tokenizer.all_special_tokens)
+    task = {"instruction": f"Say {words} twice.", "input": words, "output": f"a {words} b"}
+    (example,) = tokenise([task], tokenizer, tmp_path)
+    ids = example["input_ids"].tolist()
+    assert ids[-1] == tokenizer.eos_token_id
+    inner = ids[int(ids[0] == tokenizer.bos_token_id) : -1]
+    assert not set(inner) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids).endswith(format_prompt(task) + task["output"] + tokenizer.eos_token)
+    assert training_data.encode_prompts(tokenizer, [format_prompt(task)]) == [ids[: example["prompt_length"]]]
+
+
 @pytest.mark.parametrize("truncation", training_data.TRUNCATIONS)
 def test_truncation(tiny_llama, tmp_path, truncation):
     """Long outputs lost EOS without a word, and long prompts left rows without a label: loss 0 or nan."""

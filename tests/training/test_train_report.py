@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import train_runs
+from conftest import ROOT
 
 from alpaca.common.files import read_jsonl, write_jsonl
 from alpaca.common.ports import free_port
@@ -16,6 +17,10 @@ from alpaca.common.prompt import PROMPT_DICT
 from alpaca.training.data import load_rows, tokenize_dataset
 from alpaca.training.memory import memory_estimate, memory_table
 from alpaca.training.report import Flops, ReportCallback, peak_tflops
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import architectures  # noqa: E402
 
 ROWS = 24
 
@@ -84,6 +89,31 @@ def test_steps_after_the_last_log_line_count(finished, tiny_llama, tmp_path):
     assert [line["step"] for line in lines] == [2, 3]
     report = json.loads((tmp_path / "out" / "train_report.json").read_text())
     assert report["real_tokens"] == real_tokens(tiny_llama, data, folder) and report["steps_of_this_session"] == 3
+
+
+def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
+    """With load_best_model_at_end the folder holds the best model, and the report gave the last step's loss."""
+    data = tiny_models.write_tasks(tmp_path / "data.json", 40)
+    held_out = tiny_models.write_tasks(tmp_path / "held_out.json", 8, seed=5)
+    # The rate is far too high, so that the first step is the best.
+    more = [
+        "--eval_data_path", held_out, "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps",
+        "--save_steps", 1, "--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type",
+        "constant", "--data_cache_dir", tmp_path / "tokens",
+    ]  # fmt: skip
+    run = train_runs.launch([*command(tiny_llama, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    report = json.loads((tmp_path / "out" / "train_report.json").read_text())
+    lines = [line for line in read_jsonl(tmp_path / "out" / "train_log.jsonl") if "eval_loss" in line]
+    best = min(lines, key=lambda line: line["eval_loss"])
+    assert best["step"] < report["steps"] == 5 and len(lines) == 5
+    assert report["saved_step"] == best["step"] and report["eval_loss_of_saved_step"] == best["eval_loss"]
+    assert f"step {best['step']}, the best one: held-out loss {best['eval_loss']:.4f}" in run.output
+    from alpaca.answers.held_out_loss import held_out_loss
+    from alpaca.answers.loading import load_model
+
+    model, tokenizer = load_model(str(tmp_path / "out"))
+    saved = held_out_loss(model, tokenizer, load_rows(str(held_out)))["loss"]
+    assert saved == pytest.approx(best["eval_loss"], rel=1e-4)
 
 
 def test_model_card(finished, tiny_llama):
@@ -218,13 +248,16 @@ def test_flops_of_a_llama(tiny_llama):
 def run_settings(**changes):
     settings = dict(
         bf16=False, fp16=False, world_size=1, deepspeed=None, fsdp=False, fsdp_config=None, optim="adamw_torch",
-        per_device_train_batch_size=4, model_max_length=64, activation_checkpointing=False,
+        per_device_train_batch_size=4, model_max_length=64, activation_checkpointing=False, save_dtype="auto",
+        gradient_accumulation_steps=1,
     )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})
 
 
 def model_settings(**changes):
-    settings = dict(lora_r=0, qlora=False, dtype="float32", lora_target_modules=None, attn_implementation=None)
+    settings = dict(
+        lora_r=0, qlora=False, dtype="float32", lora_target_modules=None, attn_implementation=None, merge_lora=False
+    )  # fmt: skip
     return SimpleNamespace(**{**settings, **changes})
 
 
@@ -237,7 +270,12 @@ def estimate(folder, args=None, model_args=None, **how) -> dict[str, tuple[float
     return {part: (device * 1e9, host * 1e9) for part, device, host in rows}
 
 
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt", "tiny_tied"])
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory):
+    return architectures.make_base("qwen3_moe", tmp_path_factory.mktemp("models") / "tiny_experts")
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_opt", "tiny_tied", "tiny_experts"])
 def test_estimate_equals_what_a_model_takes(request, name):
     """The estimate is of this very model: weights, gradients, moments exactly, activations as autograd keeps them."""
     import torch
@@ -283,6 +321,19 @@ def test_estimate_under_sharding_and_adapters(tiny_llama):
     assert checkpointed["activations of the layers"][0] < 0.7 * whole["activations of the layers"][0]
     copies = estimate(tiny_llama, run_settings(bf16=True))
     assert 0 < copies["16-bit copies of the weights"][0] < whole["weights"][0] / 2
+
+
+def test_estimate_names_what_saves_and_micro_batches_take(tiny_llama):
+    """27 GB of whole gradients between micro-batches, and as much for a float32 copy in the final check, both at 7B,
+    were in no line of the table."""
+    whole = estimate(tiny_llama)["weights"][0]
+    plain = run_settings(world_size=4, fsdp=True, fsdp_config={}, gradient_accumulation_steps=8)
+    assert estimate(tiny_llama, plain)["gradients between micro-batches, whole"][0] == whole
+    synced = SimpleNamespace(gradient_accumulation_kwargs={"sync_each_batch": True})
+    plain.accelerator_config = synced
+    assert "gradients between micro-batches, whole" not in estimate(tiny_llama, plain)
+    check = estimate(tiny_llama, run_settings(save_dtype="bfloat16"))["final check, first process only"][1]
+    assert whole < check < 2 * whole  # two 16-bit copies; of the layers one at a time in float32
 
 
 def test_estimate_of_7b_loads_nothing():

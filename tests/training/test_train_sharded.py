@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import architectures  # noqa: E402
 import tiny_models  # noqa: E402
 import train_runs  # noqa: E402
 
 from alpaca.training import checkpoint  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-DEEPSPEED = Path(__file__).resolve().parents[2] / "configs/default_offload_opt_param.json"
+DEEPSPEED = ROOT / "configs/default_offload_opt_param.json"
 STEPS = 20
 # The global batch is 8 rows everywhere: rows x processes x accumulation.
 WAYS = {
@@ -107,6 +109,49 @@ def test_tied_head_stays_tied(tiny_tied, tmp_path, way):
     run_way("one process", tiny_tied, tmp_path, *more)
     run_way(way, tiny_tied, tmp_path, *more)
     assert train_runs.losses(tmp_path / way) == pytest.approx(train_runs.losses(tmp_path / "one_process"), rel=2e-5)
+
+
+def test_every_process_may_load_the_whole_model(ways, tiny_llama, tmp_path):
+    """Guards: with cpu_ram_efficient_loading false the other processes trained uninitialised weights: loss nan."""
+    more = ["--fsdp_config", '{"fsdp_cpu_ram_efficient_loading": "false"}', "--max_steps", 3]
+    run_way("FSDP2", tiny_llama, tmp_path, *more)
+    assert train_runs.losses(tmp_path / "FSDP2")[0] == pytest.approx(train_runs.losses(ways["DDP"][1])[0], rel=2e-5)
+
+
+def test_buffers_that_are_saved_are_sharded_too(tmp_path):
+    """Guards: DeepSeek-V3's router bias is a buffer: 'Tensor' object has no attribute 'device_mesh' under FSDP2."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = architectures.make_base("deepseek_v3", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    (bias,) = (name for name in weights if "e_score_correction_bias" in name)
+    weights[bias] = torch.arange(len(weights[bias])).flip(0) / 10  # zeros would not show that it was lost
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for way, more in (
+        ("one process", []),
+        ("FSDP2", ["--fsdp_transformer_layer_cls_to_wrap", "DeepseekV3DecoderLayer"]),
+    ):
+        _, output_dir = run_way(way, base, tmp_path, "--max_steps", 3, *more)
+        assert load_file(output_dir / "model.safetensors")[bias].equal(weights[bias])
+    assert train_runs.losses(tmp_path / "FSDP2") == pytest.approx(train_runs.losses(tmp_path / "one_process"), rel=2e-5)
+
+
+@pytest.mark.parametrize("way", ["FSDP2", "ZeRO-3"])
+def test_losses_are_not_rounded_to_16_bits(way, tiny_llama, tmp_path, monkeypatch):
+    """Guards: under FSDP2 losses and gradient sums were bfloat16 (6.4395 for 6.4180), and so was the count of tokens:
+    265 became 264, which made losses and gradients larger by as much."""
+    from alpaca.training import library_internals
+
+    monkeypatch.setattr(library_internals, "cpu_has_bf16", lambda: True)
+    held_out = {}
+    for name in ("one process", way):
+        _, output_dir = run_way(name, tiny_llama, tmp_path, "--max_steps", 3, "--bf16", "True")
+        lines = [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+        held_out[name] = lines[-1]["eval_loss"]
+    assert held_out[way] == pytest.approx(held_out["one process"], rel=1e-4)
+    found, wanted = (train_runs.losses(tmp_path / name.replace(" ", "_")) for name in (way, "one process"))
+    assert found == pytest.approx(wanted, rel=3e-4)
 
 
 @pytest.mark.parametrize("way", ["one process", "FSDP2", "ZeRO-3"])
