@@ -53,7 +53,9 @@ def openai_completion(
     `batch_size` only bounds `max_instances` through `max_batches`.
     Raises UserError, with the server's reason, where a request cannot be answered.
     """
-    from alpaca.generation.client import complete_all  # late: utils is imported where openai is not installed
+    from alpaca.generation.openai_completion import (
+        complete_all,  # late: utils is imported where openai is not installed
+    )
     from alpaca.generation.prices import DEFAULT_MODEL
 
     if decoding_args.stream:

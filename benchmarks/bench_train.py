@@ -32,7 +32,7 @@ from alpaca.training.data import (
     takes_logits_to_keep,
     tokenize_dataset,
 )
-from alpaca.training.library_internals import cpu_has_bf16
+from alpaca.training.internals import cpu_has_bf16
 from alpaca.training.report import Flops, peak_tflops
 
 WAYS = ("padded", "padding-free alone", "this recipe", "padded, 4 rows at a time")

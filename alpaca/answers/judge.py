@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient, RequestFailed
+from alpaca.generation.client import ModelClient
+from alpaca.generation.many_requests import RequestFailed
 from alpaca.generation.paid_replies import PaidReplies
 from alpaca.generation.prices import Budget
 

@@ -12,7 +12,8 @@ from alpaca.answers.answer_journal import AnswerJournal, tasks_digest
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
 from alpaca.common.run_record import run_record
-from alpaca.generation.client import ModelClient, RequestFailed, RequestSlots
+from alpaca.generation.client import ModelClient
+from alpaca.generation.many_requests import RequestFailed, RequestSlots
 from alpaca.generation.prices import find_price
 
 

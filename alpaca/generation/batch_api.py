@@ -14,8 +14,9 @@ import openai
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient, RequestFailed
+from alpaca.generation.client import ModelClient
 from alpaca.generation.harvest import Harvest
+from alpaca.generation.many_requests import RequestFailed
 from alpaca.generation.output import OutputFiles
 from alpaca.generation.prices import Budget
 from alpaca.generation.prompting import Prompter

@@ -10,28 +10,24 @@ import dataclasses
 import datetime
 import email.utils
 import json
-import math
 import os
 import random
 import re
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
 import openai
 
 from alpaca.common.errors import UserError
+from alpaca.generation.many_requests import LONGEST_WAIT, RateLimitGate, RequestFailed
 from alpaca.generation.prices import DEFAULT_MODEL, estimate_tokens
 from alpaca.generation.server import find_server
 from alpaca.generation.settings import GenerationSettings
 
-RATE_LIMIT_PATIENCE = 1800.0  # seconds without any reply because of rate limits, after which the run gives up
-SAY_AFTER = 10.0  # seconds of waiting for a rate limit after which the user is told
-LONGEST_WAIT = 60.0  # seconds between two tries where the server does not say how long to wait
 CUT_OFF_TRIES = 3  # how often a request may come back incomplete or too late
 SMALLEST_REPLY = 256  # tokens; a prompt that leaves less room than this is too long for the model
 SHOWN = 200  # characters of an unexpected reply that are shown
@@ -44,15 +40,6 @@ _OPTIONAL = (
 _LENGTHS = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 _QUOTA_CODES = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
 _POLICY_CODES = {"content_policy_violation", "content_filter", "invalid_prompt"}
-
-
-class RequestFailed(Exception):
-    """This request failed for good, others may go on. `kind` is a short name for the summary; `sent` is the JSON that
-    the server sent, where it sent any."""
-
-    def __init__(self, kind: str, reason: str, sent: Any = None):
-        super().__init__(reason)
-        self.kind, self.sent = kind, sent
 
 
 @dataclasses.dataclass
@@ -98,122 +85,6 @@ def served_model(base_url: str | None, model: str) -> str:
         raise UserError(f"{server.url} serves {', '.join(sorted(map(str, names)))}. Choose one with --model_name.")
     print(f"note: {server.url} serves {names[0]}; it is the model that is asked.")
     return names[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running many requests.
-
-
-class RequestSlots:
-    """At most `count` requests at a time: `async with slots` around each, in jobs that `run` runs.
-
-    After an error (other than RequestFailed) or a first Ctrl-C no further request starts. Those under way finish,
-    because they are paid for.
-    """
-
-    def __init__(self, count: int):
-        self._free, self._error = asyncio.Semaphore(count), None
-
-    async def __aenter__(self) -> None:
-        await self._free.acquire()
-        if self._error:
-            self._free.release()
-            raise self._error
-
-    async def __aexit__(self, kind, error, trace) -> None:
-        self._free.release()
-        if isinstance(error, Exception) and not isinstance(error, RequestFailed):
-            self.stop(error)
-
-    def stop(self, error: BaseException) -> None:
-        """Lets no further request start; `run` raises the first such error."""
-        self._error = self._error or error
-
-    def _interrupt(self) -> None:
-        self.stop(KeyboardInterrupt())
-        print("\ninterrupted: waiting for the replies under way. Ctrl-C again leaves at once.", flush=True)
-
-    async def run(self, jobs: Iterable[Awaitable]) -> list[Any]:
-        """The results of all jobs, in order. Raises the first error when all are done."""
-        with on_interrupt(self._interrupt):
-            results = await asyncio.gather(*jobs, return_exceptions=True)
-        for result in (self._error, *results):
-            if isinstance(result, BaseException):
-                raise result
-        return results
-
-
-@contextlib.contextmanager
-def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM within the block calls `stop`; the second raises KeyboardInterrupt."""
-    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def first() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.default_int_handler)
-        stop()
-
-    with contextlib.suppress(ValueError, RuntimeError):  # signals reach the main thread alone
-        for number in signals:
-            loop.add_signal_handler(number, first)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError, RuntimeError):
-            for number in signals:
-                loop.remove_signal_handler(number)
-                signal.signal(number, before[number])
-
-
-class RateLimitGate:
-    """Closed while the server asks to wait; every request passes it before it is sent."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._opens_at = 0.0
-        self._wait = 0.0  # seconds of the last closing
-        self._limited_since: float | None = None  # no reply has come since
-        self._closings = 0  # in that time
-        self._said_at = -math.inf
-
-    def close(self, seconds: float | None, message: str) -> None:
-        """Holds all requests back for `seconds` (None: the server does not say how long).
-
-        Raises UserError where no reply has come, or would come, for RATE_LIMIT_PATIENCE.
-        """
-        now = time.monotonic()
-        if self._limited_since is None:
-            self._limited_since, self._closings = now, 0
-        if now >= self._opens_at:
-            self._closings += 1
-        if seconds is None:
-            seconds = min(2.0 ** (self._closings - 1), LONGEST_WAIT)
-        waited = now - self._limited_since
-        if waited + seconds > RATE_LIMIT_PATIENCE:
-            raise UserError(
-                f"{self.url} limits the rate; no reply came for {waited:.0f} s, and it asks to wait {seconds:.0f} s "
-                f"more: {message}\nWhat was answered is kept; run the same command later, or with a lower "
-                "--max_concurrency."
-            )
-        if waited + seconds > SAY_AFTER and now - self._said_at > LONGEST_WAIT:
-            self._said_at = now
-            waiting = f"no reply for {waited:.0f} s; next try in {seconds:.0f} s"
-            print(f"note: {self.url} limits the rate, {waiting}: {message}", file=sys.stderr)
-        if now + seconds > self._opens_at:
-            self._opens_at, self._wait = now + seconds, seconds
-
-    def reply_came(self) -> None:
-        self._limited_since = None
-
-    async def wait(self) -> None:
-        was_closed = False
-        while (delay := self._opens_at - time.monotonic()) > 0:
-            was_closed = True
-            await asyncio.sleep(delay)
-        if was_closed:  # not all at once: the next limit would be hit at the same moment
-            await asyncio.sleep(random.uniform(0, min(1.0, self._wait / 10)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -579,54 +450,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
             continue
     when = email.utils.parsedate_tz(headers.get("retry-after"))
     return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The original's openai_completion, on top of the client.
-
-
-class Completion(dict):
-    """One choice of a reply: text, finish_reason, total_tokens and the server's fields, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-def complete_all(
-    prompts: Sequence[Any], model: str, settings: Mapping[str, Any], max_concurrency: int = 16
-) -> list[list[Completion]]:
-    """Asks for every prompt (text, chat message or list of chat messages) and returns its choices, in order.
-
-    Raises UserError where a request cannot be answered.
-    """
-    settings = dict(settings)
-    max_tokens = settings.pop("max_tokens", None)
-
-    async def ask_all() -> list[list[Completion]]:
-        client, slots = ModelClient(model, max_tokens=max_tokens, extra=settings), RequestSlots(max_concurrency)
-
-        async def ask_one(prompt: Any) -> list[Completion]:
-            async with slots:
-                try:
-                    data, _ = await client.post([prompt] if isinstance(prompt, Mapping) else prompt)
-                except RequestFailed as error:
-                    raise UserError(f"{client.url} did not answer: {error}") from error
-            tokens = data["usage"].get("total_tokens") if isinstance(data.get("usage"), dict) else None
-            return [
-                Completion(
-                    choice,
-                    text=text_of(choice.get("text")) or text_of((choice.get("message") or {}).get("content")),
-                    total_tokens=tokens,
-                )
-                for choice in data["choices"]
-            ]
-
-        try:
-            return await slots.run(map(ask_one, prompts))
-        finally:
-            await client.close()
-
-    return asyncio.run(ask_all())

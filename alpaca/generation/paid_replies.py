@@ -10,7 +10,8 @@ from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient, RequestFailed, RequestSlots
+from alpaca.generation.client import ModelClient
+from alpaca.generation.many_requests import RequestFailed, RequestSlots
 from alpaca.generation.prices import Budget
 
 

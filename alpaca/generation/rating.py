@@ -12,8 +12,9 @@ from tqdm import tqdm
 from alpaca.common.errors import UserError
 from alpaca.common.files import read_jsonl, write_jsonl
 from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient, RequestFailed
+from alpaca.generation.client import ModelClient
 from alpaca.generation.data_check import task_sha256
+from alpaca.generation.many_requests import RequestFailed
 from alpaca.generation.paid_replies import PaidReplies
 from alpaca.generation.prices import Budget
 

@@ -11,9 +11,10 @@ from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal, changed_settings
 from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import load_tasks
-from alpaca.generation.client import ModelClient, Reply, RequestFailed, on_interrupt
+from alpaca.generation.client import ModelClient, Reply
 from alpaca.generation.filters import check_seeds
 from alpaca.generation.harvest import Candidate, Harvest, harvest_journal, run_records
+from alpaca.generation.many_requests import RequestFailed, on_interrupt
 from alpaca.generation.output import OutputFiles
 from alpaca.generation.parsing import look_of
 from alpaca.generation.prices import Budget

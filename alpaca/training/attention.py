@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from alpaca.training.data import PaddingFreeCollator, takes_logits_to_keep
 from alpaca.training.held_out import answer_losses
-from alpaca.training.library_internals import attention_kernel, hands_arguments_to_attention
+from alpaca.training.internals import attention_kernel, hands_arguments_to_attention
 
 NAME = "sdpa_rows"
 

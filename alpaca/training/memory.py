@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from alpaca.training import attention
-from alpaca.training import library_internals as internals
+from alpaca.training import attention, internals
 from alpaca.training.model import adapter_targets, empty_model
 
 GB = 1e9

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from alpaca.common.errors import UserError
 from alpaca.common.files import refuse_lfs_pointer
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN
-from alpaca.training.library_internals import layer_classes, supports_flash_attention, unsharded
+from alpaca.training.internals import layer_classes, supports_flash_attention, unsharded
 
 
 def load_tokenizer(name: str, max_length: int, cache_dir: str | None = None) -> Any:

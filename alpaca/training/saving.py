@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.common.files import fsync_dir, jdump, jload, usual_rights
 from alpaca.common.prompt import alpaca_chat_template
 from alpaca.training.checkpoint import SEAL, seal
-from alpaca.training.library_internals import layer_classes, unsharded
+from alpaca.training.internals import layer_classes, unsharded
 from alpaca.training.model import merge_adapters
 
 

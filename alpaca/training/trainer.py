@@ -17,7 +17,7 @@ from alpaca.training import checkpoint
 from alpaca.training.attention import padding_free_collator, rows_stay_apart
 from alpaca.training.data import Collator, PaddedCollator
 from alpaca.training.held_out import loss_on_dataset
-from alpaca.training.library_internals import prepare_buffers_apart
+from alpaca.training.internals import prepare_buffers_apart
 from alpaca.training.report import ReportCallback
 from alpaca.training.saving import on_first_process
 

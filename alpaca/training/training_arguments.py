@@ -13,7 +13,7 @@ import transformers
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from alpaca.common.ports import free_port
-from alpaca.training import library_internals as internals
+from alpaca.training import internals
 from alpaca.training.arguments import DataArguments, ModelArguments, RunArguments, is_true, read_mapping
 from alpaca.training.checks import CommandLine, refuse
 

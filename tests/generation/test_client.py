@@ -9,9 +9,10 @@ from fake_openai import FakeOpenAI
 
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload
-from alpaca.generation import client, prices
+from alpaca.generation import client, many_requests, prices
 from alpaca.generation import server as client_server
-from alpaca.generation.client import ModelClient, RequestFailed
+from alpaca.generation.client import ModelClient
+from alpaca.generation.many_requests import RequestFailed
 from utils import OpenAIDecodingArguments, openai_completion
 
 
@@ -153,7 +154,7 @@ def test_retry_after_in_all_its_spellings():
 
 def test_a_rate_limit_that_never_ends_stops_the_run(monkeypatch):
     """Bounded too: the message says what the server wants."""
-    monkeypatch.setattr(client, "RATE_LIMIT_PATIENCE", 1.5)
+    monkeypatch.setattr(many_requests, "RATE_LIMIT_PATIENCE", 1.5)
     with FakeOpenAI(faults={"429": 1.0}, retry_after=0.01) as server, pytest.raises(UserError, match="limits the rate"):
         ask(server, max_retries=0)
 
@@ -339,7 +340,7 @@ def test_the_gate_lets_nobody_through_early():
     """A second, shorter wait never opens the gate before the first one is over."""
 
     async def main():
-        gate = client.RateLimitGate("u")
+        gate = many_requests.RateLimitGate("u")
         gate.close(0.3, "slow down")
         gate.close(0.1, "slow down")
         begin = time.monotonic()
@@ -466,8 +467,8 @@ def test_a_proxy_that_does_not_answer_is_named(monkeypatch):
 
 def test_rate_limits_without_a_time_are_said_and_bounded_by_the_clock(monkeypatch, capsys):
     """Without Retry-After the wait was silent, and went on for hours."""
-    monkeypatch.setattr(client, "SAY_AFTER", 0.5)
-    monkeypatch.setattr(client, "RATE_LIMIT_PATIENCE", 1.5)
+    monkeypatch.setattr(many_requests, "SAY_AFTER", 0.5)
+    monkeypatch.setattr(many_requests, "RATE_LIMIT_PATIENCE", 1.5)
     begin = time.monotonic()
     with FakeOpenAI(faults={"429": 1.0}, retry_after=None) as server:
         with pytest.raises(UserError, match="(?s)no reply came for.*Rate limit reached"):

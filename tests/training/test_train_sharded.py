@@ -141,9 +141,9 @@ def test_buffers_that_are_saved_are_sharded_too(tmp_path):
 def test_losses_are_not_rounded_to_16_bits(way, tiny_llama, tmp_path, monkeypatch):
     """Guards: under FSDP2 losses and gradient sums were bfloat16 (6.4395 for 6.4180), and so was the count of tokens:
     265 became 264, which made losses and gradients larger by as much."""
-    from alpaca.training import library_internals
+    from alpaca.training import internals
 
-    monkeypatch.setattr(library_internals, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(internals, "cpu_has_bf16", lambda: True)
     held_out = {}
     for name in ("one process", way):
         _, output_dir = run_way(name, tiny_llama, tmp_path, "--max_steps", 3, "--bf16", "True")

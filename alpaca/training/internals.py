@@ -1,6 +1,6 @@
 """Every place where training needs private state of a library, because there is no public way.
 
-Not a command. tests/training/test_library_internals.py fails by name where a new version of the library changes one.
+Not a command. tests/training/test_internals.py fails by name where a new version of the library changes one.
 """
 
 import contextlib

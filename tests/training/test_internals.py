@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from alpaca.training import library_internals as internals
+from alpaca.training import internals
 
 
 def model_of(folder):
@@ -61,7 +61,7 @@ def run_alone(code: str) -> str:
 def test_deepspeed_asks_a_table_what_it_may_compile():
     """`__compatible_ops__`: the shared-memory all-reduce is the one entry that is switched off."""
     code = (
-        "from alpaca.training import library_internals as internals\n"
+        "from alpaca.training import internals\n"
         "internals.prepare_deepspeed_on_cpu()\n"
         "import deepspeed\nfrom deepspeed.accelerator import get_accelerator\n"
         "print(get_accelerator().device_name(), getattr(deepspeed.ops, '__compatible_ops__')['deepspeed_shm_comm'])\n"
@@ -76,7 +76,7 @@ def test_accelerate_shares_the_kind_of_its_process_group():
         "os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1')\n"
         "os.environ.update(MASTER_PORT=str(free_port()))\n"
         "from accelerate import PartialState\n"
-        "from alpaca.training import library_internals as internals\n"
+        "from alpaca.training import internals\n"
         "PartialState(cpu=True, backend='gloo')\n"
         "internals.present_processes_as_devices()\n"
         "print(PartialState().distributed_type, PartialState().device)\n"
