@@ -241,7 +241,11 @@ def four_bit() -> Any:
 
 
 def adapter_targets(model: Any, model_args: Any) -> list[str]:
-    """The names of the layers that get adapters: those asked for, or the model's query, key and value projections."""
+    """The names of the layers that get adapters: those asked for, or the model's query, key and value projections.
+
+    DeepSeek's latent attention makes the three in two steps each; a state-space layer (Mamba) has one projection of its
+    input in their place.
+    """
     asked, head = model_args.lora_target_modules, model.get_output_embeddings()
     linear = {
         name.rsplit(".", 1)[-1]
@@ -253,7 +257,8 @@ def adapter_targets(model: Any, model_args: Any) -> list[str]:
     if asked:
         return [part.strip() for part in asked.split(",")]
     for known in (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("qkv_proj",), ("query_key_value",),
-                  ("c_attn",), ("Wqkv",), ("q_lin", "k_lin", "v_lin")):  # fmt: skip
+                  ("c_attn",), ("Wqkv",), ("q_lin", "k_lin", "v_lin"),
+                  ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("in_proj",)):  # fmt: skip
         if set(known) <= linear:
             return list(known)
     raise UserError(
