@@ -1,6 +1,6 @@
 # make quickstart   the whole recipe on an embedded model, no GPU and no key
 # make test         the tests                       make lint    ruff
-# make bench        every benchmark, small sizes    make demo    the web demo on the quickstart's model
+# make bench        every benchmark, one table       make demo    the web demo on the quickstart's model
 # make lock         requirements.lock again: every package with its version, those that others need included
 # make data         alpaca_data.json again from its sources, and the answers that can be executed or recomputed
 #
@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.dev $(VENV)/.quickstart
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash benchmarks/run_all.sh $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run_all.py $(ARGS)
 
 demo: $(VENV)/.quickstart
 	$(BIN)/python demo.py --model_name_or_path quickstart_run/tuned $(ARGS)

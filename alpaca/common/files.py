@@ -32,6 +32,16 @@ def usual_rights(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Gives an OSError of a write, which knows no file name, this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
     """Opens a file beside `path` for writing and renames it to `path` only when the block ends well.
 
@@ -42,7 +52,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
     options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
-        with os.fdopen(descriptor, mode, **options) as stream:
+        with named_in_errors(path), os.fdopen(descriptor, mode, **options) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -66,7 +76,8 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
-        yield beside
+        with named_in_errors(path):
+            yield beside
         for file in beside.rglob("*"):
             if file.is_file():
                 with open(file, "rb") as stream:

@@ -80,7 +80,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
     elif output_dir and run["overwrite"] and Path(base).is_dir() and is_inside(base, output_dir):
         problem(f"--overwrite True would remove the base {base} itself: choose another --output_dir")
     elif not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        problem(f"--model_name_or_path: no folder {base}")
+        problem(f"--model_name_or_path: no folder {base}; a checkpoint's folder holds config.json and the weights")
 
     for name, value in (("dtype", model["dtype"]), ("save_dtype", run["save_dtype"])):
         if value not in DTYPES:

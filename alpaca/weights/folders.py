@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 
 from alpaca.common.errors import UserError, did_you_mean
-from alpaca.common.files import fsync_dir, jdump, refuse_existing, refuse_lfs_pointer
+from alpaca.common.files import fsync_dir, jdump, named_in_errors, refuse_existing, refuse_lfs_pointer
 from alpaca.common.run_record import run_record
 from alpaca.weights.manifest import FORMAT_VERSION, MANIFEST, read_config
 from alpaca.weights.tensors import INDEX, SINGLE, file_size, parse_header
@@ -111,7 +111,7 @@ def new_folder(target: Path, doing: str, settings: Mapping, keep: Collection[str
                     shutil.rmtree(path)
                 elif path.name not in keep:
                     path.unlink()
-            with run_record(work, settings):
+            with named_in_errors(target), run_record(work, settings):
                 yield work
             refuse_existing(target, way_out="Choose another path, or move it away.")
             for path in work.iterdir():
