@@ -1,4 +1,4 @@
-"""The likeliest mistakes of users, made through the real commands: each ends in words that name the thing and the way out.
+"""The likeliest mistakes of users, made through the real commands: each is named, and so is the way out.
 
 A message fails here when it is a traceback, when it lacks a word in `named`, or when the command ends with status 0.
 """
@@ -39,14 +39,14 @@ def place(tmp_path_factory, tiny_llama, tiny_tied):
     return folder
 
 
-TRAIN = "train.py --model_name_or_path {place}/base --data_path {place}/good.json --output_dir {place}/out --max_steps 1"
+TRAIN = "train.py --model_name_or_path {place}/base --data_path {place}/good.json --output_dir {place}/out"
 RECOVER = "weight_diff.py recover --path_raw {place}/base --path_diff {place}/diff --path_tuned {place}/recovered"
 
 # The mistake -> the command, and what its message has to name: the thing, and the way out.
 MISTAKES = {
     "no such data": (f"{TRAIN} --data_path {{place}}/god.json", ["god.json", ".json"]),
     "no such model": (f"{TRAIN} --model_name_or_path {{place}}/bass", ["bass", "config.json"]),
-    "a row without its answer": (f"{TRAIN} --data_path {{place}}/no_output.json", ["no_output.json", "row 3", "output"]),
+    "a row with no answer": (f"{TRAIN} --data_path {{place}}/no_output.json", ["no_output.json", "row 3", "output"]),
     "a comma too many": (f"{TRAIN} --data_path {{place}}/comma.json", ["comma.json", "comma"]),
     "a word for a number": (f"{TRAIN} --learning_rate fast", ["learning_rate", "fast"]),
     "a flag misspelt": (f"{TRAIN} --learning_rat 1e-4", ["--learning_rat", "--learning_rate"]),
