@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 
 from alpaca.common.errors import UserError, cli_errors
-from alpaca.common.files import is_inside, jdump
+from alpaca.common.files import is_inside
 from alpaca.common.prompt import IGNORE_INDEX as IGNORE_INDEX
 from alpaca.common.prompt import PROMPT_DICT as PROMPT_DICT
 from alpaca.common.run_record import run_record
@@ -70,10 +70,11 @@ def train(argv: list[str] | None = None) -> None:
     """Runs train.py's command line `argv` (default: sys.argv). Raises UserError for what the user can put right."""
     line = read_command_line(sys.argv[1:] if argv is None else argv, say)
 
+    from alpaca.training.card import describe
     from alpaca.training.data import describe_example, load_data
     from alpaca.training.memory import memory_estimate, memory_table
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
-    from alpaca.training.report import dataset_statistics, model_card
+    from alpaca.training.report import dataset_statistics
     from alpaca.training.saving import save
     from alpaca.training.trainer import make_trainer
     from alpaca.training.training_arguments import arguments_for_this_machine
@@ -120,8 +121,7 @@ def train(argv: list[str] | None = None) -> None:
             raise Stopped
         save(trainer, tokenizer, config, model_args, args, say)
         if args.process_index == 0:
-            card = model_card(model_args.model_name_or_path, inputs, settings, trainer.report.final)
-            jdump(card, Path(args.output_dir) / "README.md")
+            describe(args.output_dir, model_args.model_name_or_path, inputs, settings, trainer.report.final, tokenizer)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from transformers import TrainerCallback
 
 from alpaca.common.files import atomic_write, jdump, write_jsonl
 from alpaca.common.journal import read_records
-from alpaca.common.prompt import PROMPT_DICT
 from alpaca.common.run_record import git_commit, package_versions
 from alpaca.training.checkpoint import rows_per_step
 from alpaca.training.data import count_tokens
@@ -338,63 +337,3 @@ def dataset_statistics(dataset, report: Mapping[str, Any]) -> str:
             share = 1 - batches.sum() / (batches.max(axis=1).sum() * size)
             lines.append((f"padding, batches of {size}", f"{share:.1%} (none with --padding_free True)"))
     return as_table("Training data", lines)
-
-
-def model_card(base: str, data_paths: Sequence[str], settings: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    """README.md of a trained checkpoint: what it is, how it was made, its figures, how to prompt it, its licence.
-
-    `settings`: flag -> value, of which those that decide the result are shown. `report`: train_report.json.
-    """
-    shown = {name: value for name, value in settings.items() if name in CARD_SETTINGS and value not in (None, "")}
-    figures = "\n".join(f"| {name} | {value} |" for name, value in report_rows(report))
-    recipe = "\n".join(f"| `{name}` | `{value}` |" for name, value in shown.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report["packages"].items())
-    return f"""---
-language: en
-base_model: {json.dumps(base)}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [alpaca, instruction-tuning]
----
-
-# {Path(base).name}, fine-tuned on instructions
-
-`{base}`, fine-tuned with the Stanford Alpaca recipe on {", ".join(f"`{path}`" for path in data_paths)}.
-
-## Prompt
-
-Exactly this text, with a line feed at each line's end and nothing after the last colon; the tokenizer's chat template
-writes it too. A task with an input has a paragraph `### Input:` before the response.
-
-```
-{PROMPT_DICT["prompt_no_input"]}
-```
-
-## Figures
-
-| | |
-| --- | --- |
-{figures}
-
-## Settings
-
-| flag | value |
-| --- | --- |
-{recipe}
-
-Made with {versions}; commit {report["commit"]}. `train_log.jsonl`, `train_report.json` and `run.json` beside this file
-hold every step, every figure and every setting.
-
-## Licence and limits
-
-The base model's licence holds for these weights. The released Alpaca data, and data generated with OpenAI's models, are
-for non-commercial use (CC BY-NC 4.0): a model trained on them is too. The model was tuned to follow instructions and
-not to be safe: it states falsehoods with confidence and repeats the biases of its data.
-"""
-
-
-CARD_SETTINGS = (
-    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length", "truncation", "padding_free",
-    "dtype", "bf16", "fp16", "lora_r", "lora_alpha", "lora_target_modules", "seed",
-)  # fmt: skip

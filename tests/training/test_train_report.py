@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ import pytest
 import tiny_models
 import train_runs
 from conftest import ROOT
+from huggingface_hub import ModelCard
 
 from alpaca.common.files import read_jsonl, write_jsonl
 from alpaca.common.ports import free_port
-from alpaca.common.prompt import PROMPT_DICT
+from alpaca.common.prompt import PROMPT_DICT, format_prompt
 from alpaca.training.data import load_rows, tokenize_dataset
 from alpaca.training.memory import memory_estimate, memory_table
 from alpaca.training.report import Flops, ReportCallback, peak_tflops
@@ -108,6 +110,8 @@ def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
     assert best["step"] < report["steps"] == 5 and len(lines) == 5
     assert report["saved_step"] == best["step"] and report["eval_loss_of_saved_step"] == best["eval_loss"]
     assert f"step {best['step']}, the best one: held-out loss {best['eval_loss']:.4f}" in run.output
+    (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("loss", round(best["eval_loss"], 4))
     from alpaca.answers.held_out_loss import held_out_loss
     from alpaca.answers.loading import load_model
 
@@ -119,10 +123,31 @@ def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
 def test_model_card(finished, tiny_llama):
     """A checkpoint must say what it is, how to prompt it and under which licence."""
     folder, data, _ = finished
-    card = (folder / "out" / "README.md").read_text()
-    assert card.startswith("---\n") and f'base_model: "{tiny_llama}"' in card
-    assert PROMPT_DICT["prompt_no_input"] in card
-    assert str(data) in card and "CC BY-NC 4.0" in card and "`learning_rate`" in card
+    card = ModelCard.load(folder / "out" / "README.md")
+    assert card.data.base_model == tiny_llama.name and card.data.datasets == [data.name]
+    assert card.data.eval_results is None
+    assert PROMPT_DICT["prompt_no_input"] in card.text
+    assert str(data) in card.text and "CC BY-NC 4.0" in card.text and "`learning_rate`" in card.text
+
+
+def rendered(template: str, **values: str) -> str:
+    """What Go's text/template makes of {{ .Name }} and of one {{ if .Name }} ... {{ else }} ... {{ end }}."""
+    condition, name, yes, no, rest = re.fullmatch(
+        r"({{ if \.(\w+) }})(.*){{ else }}(.*){{ end }}(.*)", template, re.DOTALL
+    ).groups()
+    return re.sub(r"{{ \.(\w+) }}", lambda found: values[found[1]], (yes if values[name] else no) + rest)
+
+
+def test_modelfile_gives_the_training_prompt(finished):
+    """Guards: exported models that are asked in other bytes than they were trained on, and that do not stop."""
+    folder, _, _ = finished
+    text = (folder / "out" / "Modelfile").read_text()
+    template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)[1]
+    for context in ("", "2 and 3\n{{ .Prompt }}"):
+        prompt = rendered(template, System=context, Prompt="Add {the} numbers.", Response="")
+        assert prompt == format_prompt({"instruction": "Add {the} numbers.", "input": context})
+    stops = [json.loads(line.removeprefix("PARAMETER stop ")) for line in text.splitlines() if " stop " in line]
+    assert stops == ["</s>", "\n\n### Instruction:"] and "\nFROM .\n" in text
 
 
 def test_counts_are_of_all_processes(finished, tiny_llama, run_script, tmp_path):
