@@ -55,7 +55,7 @@ class Way:
             if by_row:
                 self.model.set_attn_implementation(attention.register())
             response_only = recipe and takes_logits_to_keep(self.model)
-            self.collate = PaddingFreeCollator(response_only, row_attention=by_row)
+            self.collate = PaddingFreeCollator(response_only, row_lengths=by_row)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-5, weight_decay=0.0, fused=recipe or None)
         self.seconds = self.cpu_seconds = 0.0
         self.losses: list[float] = []

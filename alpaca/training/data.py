@@ -398,16 +398,16 @@ class PaddingFreeCollator:
     """Rows laid end to end in one row without padding: input_ids, labels, position_ids int64 [1, tokens].
 
     Positions restart at 0 with every row, and each row's first label is masked, since nothing of its own precedes it.
-    The model's attention has to keep the rows apart: `row_attention` adds `row_lengths`, a tuple of ints, for the
-    module of that name; `flash_attention` adds the boundaries that its kernel takes.
+    The model's attention has to keep the rows apart: `row_lengths` adds a tuple of ints of that name, for sdpa row by
+    row; `borders` adds what flash attention's and torch's kernels take.
 
     `response_only`: names the positions that have a label in `logits_to_keep` [kept] and their next tokens in
     `shift_labels` [1, kept], so that the model projects only these onto the vocabulary: the same loss, for about half
     of the largest matrix product. Only for models that `takes_logits_to_keep`.
     """
 
-    def __init__(self, response_only: bool = False, flash_attention: bool = False, row_attention: bool = False):
-        self.response_only, self.flash_attention, self.row_attention = response_only, flash_attention, row_attention
+    def __init__(self, response_only: bool = False, borders: bool = False, row_lengths: bool = False):
+        self.response_only, self.borders, self.row_lengths = response_only, borders, row_lengths
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         lengths = [len(example["input_ids"]) for example in examples]
@@ -424,9 +424,9 @@ class PaddingFreeCollator:
             arrays["logits_to_keep"] = np.flatnonzero(next_labels != IGNORE_INDEX)
             arrays["shift_labels"] = next_labels[arrays["logits_to_keep"]][None]
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self.row_attention:
+        if self.row_lengths:
             batch["row_lengths"] = tuple(lengths)
-        if self.flash_attention:
+        if self.borders:
             boundaries = torch.tensor([0, *ends], dtype=torch.int32)
             batch.update(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
             batch.update(max_length_q=max(lengths), max_length_k=max(lengths))

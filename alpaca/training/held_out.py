@@ -26,6 +26,14 @@ def answer_losses(model: Any, batch: dict[str, Any], device: Any) -> torch.Tenso
         return torch.nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
 
 
+def fused_loss_error(model: Any, batch: dict[str, Any], device: Any) -> float:
+    """How far the loss of a model under Liger's kernels, which make no logits, is from its logits' (nats)."""
+    wanted = answer_losses(model, batch, device).mean()
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    with torch.no_grad():
+        return (model(**batch, skip_logits=True).loss - wanted).abs().item()
+
+
 def loss_on_dataset(
     model: Any, dataset: Any, collate: Callable, batch_size: int, device: Any, rank: int = 0, world: int = 1,
     max_batches: int | None = None,

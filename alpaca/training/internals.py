@@ -92,6 +92,16 @@ def layer_classes(model: torch.nn.Module) -> set[str]:
     return set(model._no_split_modules or ())
 
 
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model's layers, those that FSDP wraps one by one."""
+    return [module for module in model.modules() if type(module).__name__ in layer_classes(model)]
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def attention_kernel(model: torch.nn.Module) -> str:
     """The attention that the model computes with: "sdpa", "eager", "flash_attention_2", ..."""
     return model.config._attn_implementation

@@ -141,7 +141,7 @@ def _offloaded(args: Any, zero3: bool) -> set[str]:
 def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     """Weights of the model (tied ones once): all, in linear layers, in one layer, outside the layers, in adapters."""
     model = empty_model(config)
-    layers = _layers(model)
+    layers = internals.decoder_layers(model)
     everything = model.num_parameters()
     inside = sum(weight.numel() for layer in layers for weight in layer.parameters())
     linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
@@ -163,10 +163,6 @@ def count_weights(config: Any, model_args: Any) -> dict[str, int]:
     }
 
 
-def _layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if type(module).__name__ in internals.layer_classes(model)]
-
-
 def activation_bytes(
     config: Any, args: Any, model_args: Any, rows: int, length: int, padding_free: bool
 ) -> dict[str, int]:
@@ -186,13 +182,13 @@ def activation_bytes(
         if model_args.lora_r or model_args.qlora:
             model.requires_grad_(False)
             model.enable_input_require_grads()
-        counted["count"] = len(_layers(model))
+        counted["count"] = len(internals.decoder_layers(model))
         if padding_free and internals.attention_kernel(model) == "sdpa" and attention.fits(model, length):
             model.set_attn_implementation(attention.register())
             shape, boundaries = (1, rows * length), {"row_lengths": (length,) * rows}
         else:
             shape, boundaries = (rows, length), {}
         ids = torch.zeros(shape, dtype=torch.long)
-        with cast, internals.count_saved_tensors(model, _layers(model), counted):
+        with cast, internals.count_saved_tensors(model, internals.decoder_layers(model), counted):
             model.get_decoder()(input_ids=ids, use_cache=False, **boundaries)
     return counted

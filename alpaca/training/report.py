@@ -26,6 +26,7 @@ from alpaca.common.journal import read_records
 from alpaca.common.run_record import git_commit, package_versions
 from alpaca.training.checkpoint import rows_per_step
 from alpaca.training.data import count_tokens
+from alpaca.training.internals import compilations
 from alpaca.training.model import empty_model
 
 # Dense bfloat16 (before Ampere: float16) TFLOPS of tensor cores with float32 sums, as the makers' data sheets give
@@ -65,7 +66,8 @@ class ReportCallback(TrainerCallback):
     """Adds figures to Trainer's log lines and keeps them; the Trainer calls `count` and `add_figures`.
 
     Per log line: seconds_per_step, tokens_per_second (real tokens of all processes), padding_share, mfu (where the
-    card's peak is known and the arithmetic is 16 bit), tokens (real ones since the run began, resumed parts included).
+    card's peak is known and the arithmetic is 16 bit), tokens (real ones since the run began, resumed parts included),
+    and under --torch_compile compilations (graphs made so far).
     Time spent in evaluation and saving is not training time.
     """
 
@@ -104,6 +106,8 @@ class ReportCallback(TrainerCallback):
         if self.peak:
             logs["mfu"] = round(self.flops.of(real, kept) / (seconds * self.peak * 1e12 * args.world_size), 4)
         logs["tokens"] = self.tokens_before + self.totals["tokens"]
+        if args.torch_compile:
+            logs["compilations"] = compilations()
 
     # ---- events ------------------------------------------------------------------------------------------------------
 

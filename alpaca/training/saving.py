@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.common.files import fsync_dir, jdump, jload, usual_rights
 from alpaca.common.prompt import alpaca_chat_template
 from alpaca.training.checkpoint import SEAL, seal
-from alpaca.training.internals import layer_classes, unsharded
+from alpaca.training.internals import decoder_layers, unsharded
 from alpaca.training.model import merge_adapters
 
 
@@ -65,7 +65,6 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
     def keep(name: str, tensor: Any) -> None:
         if main:
             target = dtype if tensor.is_floating_point() else tensor.dtype
-            name = name.replace("_orig_mod.", "")  # torch.compile's wrapper, around the model or around each layer
             weights[name] = tensor.detach().to("cpu", target, copy=True).contiguous()
 
     if kind == "DEEPSPEED":
@@ -190,7 +189,7 @@ def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expect
 
 def float32_by_layer(model: Any) -> Any:
     """`model` made to compute in float32 while only one of its layers at a time is held in float32."""
-    layers = [module for module in model.modules() if type(module).__name__ in layer_classes(model)]
+    layers = decoder_layers(model)
     inside = {id(weight) for layer in layers for weight in layer.parameters()}
     for weight in model.parameters():
         if weight.is_floating_point() and id(weight) not in inside:

@@ -3,6 +3,8 @@
 Not a command; train.py uses it. Loop, sharding, precision, resuming are Trainer's.
 """
 
+import inspect
+import math
 import signal
 import sys
 import time
@@ -10,14 +12,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
 
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoint
 from alpaca.training.attention import padding_free_collator, rows_stay_apart
 from alpaca.training.data import Collator, PaddedCollator
-from alpaca.training.held_out import loss_on_dataset
-from alpaca.training.internals import prepare_buffers_apart
+from alpaca.training.held_out import fused_loss_error, loss_on_dataset
+from alpaca.training.internals import decoder_layers, prepare_buffers_apart
 from alpaca.training.report import ReportCallback
 from alpaca.training.saving import on_first_process
 
@@ -25,6 +28,11 @@ from alpaca.training.saving import on_first_process
 def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, data_report, say=print):
     """(trainer, the callback that knows whether a signal ended training)."""
     padding_free = padding_free_collator(model, args, say) if data_args.padding_free else None
+    if args.torch_compile:
+        compile_layers(model, args)
+    if args.use_liger_kernel and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        say("note: Liger's loss reads the head's weights and not its adapters; training without --use_liger_kernel")
+        args.use_liger_kernel = False
     # Old checkpoints go when the new one is sealed, not before: a kill in between must leave one.
     keep, args.save_total_limit = args.save_total_limit, None
     trainer = SupervisedTrainer(
@@ -36,8 +44,10 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     trainer.report = ReportCallback(trainer, data_report, adapters=bool(model_args.lora_r or model_args.qlora))
     stop = StopOnSignal(trainer)
     for callback in (
+        StopOnLossThatIsNotFinite(trainer),
         SayShards(),
         ProveRowsApart(trainer, say),
+        ProveFusedLoss(trainer),
         HeldOutLoss(trainer),
         SealCheckpoints(trainer, keep),
         trainer.report,
@@ -47,10 +57,25 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     return trainer, stop
 
 
+def compile_layers(model, args) -> None:
+    """torch.compile of each layer by itself, for batches of any length: one graph serves all layers and batches.
+
+    In place, before Trainer shards: FSDP2's hooks then stay around the compiled part and checkpointing inside it.
+    Accelerate, which would compile the model as a whole, is told to leave it.
+    """
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    args.torch_compile_backend = None
+
+
 class SupervisedTrainer(Trainer):
     """Trainer whose batches are rows of `input_ids` and `labels`, padded or end to end."""
 
     report: ReportCallback  # counts tokens, completes the log lines; set before training
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.micro_batches: list[tuple[torch.Tensor, dict[str, Any]]] = []  # of this step: loss, inputs
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.report.count(inputs)
@@ -62,23 +87,14 @@ class SupervisedTrainer(Trainer):
         super().log(logs, start_time)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer's loss: the sum over answer tokens by their number in the global batch. Stops where it is nan."""
+        """Trainer's loss: the sum over answer tokens by their number in the global batch."""
         if torch.is_tensor(num_items_in_batch):
             # Trainer makes it a float32, which FSDP2 casts like any input: 265 tokens became 264 in bfloat16.
             num_items_in_batch = num_items_in_batch.long()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
             loss = loss - self.surplus_router_loss(outputs)
-        if not torch.isfinite(loss):
-            rows = rows_of_batch(inputs, self.train_dataset)
-            error = UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the batch held rows "
-                f"{', '.join(map(str, rows))} of the training rows (the first is 0). Often the learning rate is too "
-                "high, or the base's weights are broken; --save_steps decides what can be resumed."
-            )
-            if self.args.process_index:  # the first process speaks for all, but only this one has seen these rows
-                print(f"error: {error}", file=sys.stderr)
-            raise error
+        self.micro_batches.append((loss.detach(), inputs))
         return (loss, outputs) if return_outputs else loss
 
     def surplus_router_loss(self, outputs) -> torch.Tensor | float:
@@ -116,6 +132,11 @@ class SupervisedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def rounds(self) -> bool:
+        """Whether weights or arithmetic are coarser than float32."""
+        args, weights = self.args, next(self.model.parameters()).dtype
+        return bool(weights != torch.float32 or args.bf16 or args.fp16 or args.tf32)
+
     def probe_logits(self, probe: torch.Tensor) -> torch.Tensor:
         """Float32 logits, on the CPU, of the model as it stands for the (1, n) token ids `probe`; all ranks call it."""
         model = self.model_wrapped
@@ -143,6 +164,32 @@ def sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
             yield tuple(token for token, real in zip(row, mask, strict=True) if real)
 
 
+class StopOnLossThatIsNotFinite(TrainerCallback):
+    """Ends a run before the step that a loss of nan or infinity would make, hence before anything of it is saved.
+
+    All losses of a step are read at once: each reading waits for the GPU, which has nothing to do meanwhile.
+    """
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        losses = torch.stack([loss for loss, _ in self.trainer.micro_batches]).tolist()
+        batches = [inputs for _, inputs in self.trainer.micro_batches]
+        self.trainer.micro_batches = []
+        for loss, inputs in zip(losses, batches, strict=True):
+            if not math.isfinite(loss):
+                rows = rows_of_batch(inputs, self.trainer.train_dataset)
+                error = UserError(
+                    f"the loss is {loss} at step {state.global_step + 1}; the batch held rows "
+                    f"{', '.join(map(str, rows))} of the training rows (the first is 0). Often the learning rate is "
+                    "too high, or the base's weights are broken; --save_steps decides what can be resumed."
+                )
+                if args.process_index:  # the first process speaks for all, but only this one has seen these rows
+                    print(f"error: {error}", file=sys.stderr)
+                raise error
+
+
 class ProveRowsApart(TrainerCallback):
     """Before step 1: batches without padding must give the padded ones' losses; else the run goes on padded."""
 
@@ -153,11 +200,11 @@ class ProveRowsApart(TrainerCallback):
         trainer, collator = self.trainer, self.trainer.data_collator
         if collator.padding_free is None:
             return
-        model = trainer.model_wrapped
-        half = next(model.parameters()).dtype != torch.float32 or args.bf16 or args.fp16 or args.tf32
         same, apart, leak = rows_stay_apart(
-            model, collator.padding_free, collator.padded, trainer.train_dataset, args.device, exact=not half
-        )
+            trainer.model_wrapped, collator.padding_free, collator.padded, trainer.train_dataset, args.device,
+            exact=not trainer.rounds(),
+            window=getattr(trainer.model.config.get_text_config(), "sliding_window", None),
+        )  # fmt: skip
         if args.world_size > 1:  # all ranks must go the same way
             verdict = torch.tensor(float(not same), device=args.device)
             torch.distributed.all_reduce(verdict)
@@ -167,6 +214,28 @@ class ProveRowsApart(TrainerCallback):
             self.say(
                 f"note: batches are padded: without padding two rows had other losses ({apart:.1g} apart; {leak:.1g} "
                 "where the first row was another), so this model's attention does not keep rows apart"
+            )
+
+
+class ProveFusedLoss(TrainerCallback):
+    """Before step 1: the loss of Liger's kernels must be the one of the model's logits; else the run ends."""
+
+    def __init__(self, trainer: SupervisedTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        if "skip_logits" not in inspect.signature(base.forward).parameters:  # Liger does not know the model
+            return
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))])
+        model = trainer.model_wrapped
+        model.eval()
+        error = fused_loss_error(model, batch, args.device)
+        model.train()
+        if not error < (0.05 if trainer.rounds() else 1e-3):
+            raise UserError(
+                f"under Liger's kernels the loss is {error:.2g} nats from the one without: --use_liger_kernel False"
             )
 
 

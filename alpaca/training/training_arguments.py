@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from alpaca.common.ports import free_port
 from alpaca.training import internals
 from alpaca.training.arguments import DataArguments, ModelArguments, RunArguments, is_true, read_mapping
-from alpaca.training.checks import CommandLine, refuse
+from alpaca.training.checks import CommandLine, is_installed, refuse
 
 
 @dataclasses.dataclass
@@ -85,9 +85,19 @@ def adapt_to_hardware(run: dict[str, Any], has_gpu: bool) -> list[str]:
     elif run["tf32"] and not (cuda and torch.cuda.get_device_capability()[0] >= 8):
         notes.append("--tf32 True: this GPU has no TF32; computing without")
         run["tf32"] = None
+    if run["tf32"] is None and has_gpu and cuda and torch.cuda.get_device_capability()[0] >= 8:
+        notes.append("float32 products are computed in TF32; in full: --tf32 False")
+        run["tf32"] = True
     if run["use_liger_kernel"] and not has_gpu:
         notes.append("--use_liger_kernel True: its kernels run on GPUs alone; this CPU goes on with torch's")
         run["use_liger_kernel"] = False
+    elif run["use_liger_kernel"] is None:
+        # Where it was asked for nowhere: not beside ZeRO-3, which gathers the head's weights for the head's own call,
+        # nor beside torch.compile, which fuses the same operations.
+        alone = not run["deepspeed"] and not run["torch_compile"] and not run["torch_compile_backend"]
+        run["use_liger_kernel"] = has_gpu and cuda and alone and is_installed("liger_kernel")
+        if run["use_liger_kernel"]:
+            notes.append("Liger's kernels are used; without: --use_liger_kernel False")
     return notes
 
 

@@ -195,6 +195,58 @@ def test_gpu_settings_are_left_out_on_a_cpu():
     assert not any(run.values()) and "NVIDIA" in notes[0] and "GPUs alone" in notes[1]
 
 
+def test_fast_settings_are_the_default_on_a_gpu(monkeypatch):
+    """Guards: the fast kernels lay unused unless asked for; asked against, they were used; nobody was told."""
+    import torch
+
+    from alpaca.training import training_arguments
+    from alpaca.training.arguments import RunArguments
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(training_arguments, "is_installed", lambda name: name == "liger_kernel")
+
+    def adapted(**given):
+        run = {"tf32": None, "use_liger_kernel": None, "bf16": False, "deepspeed": None, "torch_compile": False}
+        run |= {"torch_compile_backend": None, **given}
+        return run, "\n".join(training_arguments.adapt_to_hardware(run, has_gpu=True))
+
+    run, notes = adapted()
+    assert run["tf32"] and run["use_liger_kernel"] and "--tf32 False" in notes and "--use_liger_kernel False" in notes
+    run, notes = adapted(tf32=False, use_liger_kernel=False)
+    assert not run["tf32"] and not run["use_liger_kernel"] and not notes
+    assert not adapted(deepspeed="zero3.json")[0]["use_liger_kernel"]
+    assert RunArguments().optim == "adamw_torch_fused"
+
+
+def test_a_micro_batch_does_not_wait_for_the_device(tiny_llama, tmp_path, monkeypatch):
+    """Guards: the check of each micro-batch's loss waited for the GPU, which then waited for the next one's kernels."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from alpaca.training.trainer import SupervisedTrainer
+
+    class Readings(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+                print("a reading of the device's memory", flush=True)
+            return function(*args, **(kwargs or {}))
+
+    plain = SupervisedTrainer.compute_loss
+
+    def watched(self, *args, **kwargs):
+        with Readings():
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(SupervisedTrainer, "compute_loss", watched)
+    data = tiny_models.write_tasks(tmp_path / "train.json", 20)
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    argv += ["--gradient_accumulation_steps", 3, "--per_device_train_batch_size", 2, "--save_strategy", "no"]
+    run = train_runs.launch([*argv, "--data_cache_dir", tmp_path / "tokens"], tmp_path / "log").ok()
+    # One each is transformers' own, which looks in the positions for rows that stand end to end.
+    assert run.output.count("a reading of the device's memory") <= 3, run.output
+
+
 def test_old_spellings_after_a_run_file_override_it():
     """Guards: a run file's --warmup_steps beat a --warmup_ratio typed after it, and the note said otherwise."""
     pairs = [("warmup_steps", ["0.03"]), ("warmup_ratio", ["0.1"]), ("group_by_length", ["True"])]

@@ -301,7 +301,7 @@ def test_padding_free_batch_is_the_same_training(folder, tmp_path, response_only
     loss.backward()
     assert training_data.takes_logits_to_keep(model) and attention.fits(model, 512)
     free = model_of(folder, attention.register())
-    batch = PaddingFreeCollator(response_only, row_attention=True)(rows)
+    batch = PaddingFreeCollator(response_only, row_lengths=True)(rows)
     assert batch["input_ids"].shape == (1, lengths(dataset).sum())
     free_loss = free(**batch).loss
     free_loss.backward()
@@ -316,21 +316,25 @@ def test_rows_do_not_see_each_other(folder, tmp_path):
 
     dataset = tokenise(tiny_models.make_tasks(3), tokenizer_of(folder), tmp_path)
     model = model_of(folder, attention.register()).eval()
-    collate, length = PaddingFreeCollator(row_attention=True), int(lengths(dataset)[0])
+    collate, length = PaddingFreeCollator(row_lengths=True), int(lengths(dataset)[0])
     other = {**dataset[0], "input_ids": dataset[0]["input_ids"][::-1].copy()}
     with torch.no_grad():
         one, two = (model(**collate([first, dataset[1]])).logits[0, length:] for first in (dataset[0], other))
     assert torch.equal(one, two)
 
 
-def test_sliding_windows_keep_their_own_attention():
-    """Attention by row knows no window; a model with one that is shorter than the rows must not get it."""
+def test_windows_and_chunks_shorter_than_the_rows(monkeypatch):
+    """Guards: a window that never reaches the kernel (models without flash attention), and chunks, which none knows."""
     from transformers import MistralConfig, MistralForCausalLM
 
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     model = MistralForCausalLM(MistralConfig(vocab_size=32, sliding_window=64, **size))
-    assert not attention.fits(model, 128)
-    assert attention.fits(model, 64)
+    assert attention.fits(model, 128)
+    model.config.attention_chunk_size = 64
+    assert attention.fits(model, 64) and not attention.fits(model, 128)
+    model.config.attention_chunk_size = None
+    monkeypatch.setattr(attention, "supports_flash_attention", lambda _: False)
+    assert attention.fits(model, 64) and not attention.fits(model, 128)
 
 
 def test_flash_attention_boundaries(tiny_llama, tmp_path):
@@ -340,7 +344,7 @@ def test_flash_attention_boundaries(tiny_llama, tmp_path):
     dataset = tokenise(tiny_models.make_tasks(4), tokenizer_of(tiny_llama), tmp_path)
     rows = [dataset[i] for i in range(4)]
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
-    ours = PaddingFreeCollator(flash_attention=True)(rows)
+    ours = PaddingFreeCollator(borders=True)(rows)
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         assert (ours[name] == value) if isinstance(value, int) else ours[name].tolist() == value.tolist(), name
