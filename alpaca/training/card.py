@@ -88,7 +88,7 @@ and the Modelfile write it too. A task with an input has a paragraph `### Input:
 | --- | --- |
 {figures}
 
-## Settings
+{sample_answers(report["sample_answers"])}## Settings
 
 | flag | value |
 | --- | --- |
@@ -103,6 +103,17 @@ The base model's licence holds for these weights. The released Alpaca data, and 
 for non-commercial use (CC BY-NC 4.0): a model trained on them is too. The model was tuned to follow instructions and
 not to be safe: it states falsehoods with confidence and repeats the biases of its data.
 """
+
+
+def sample_answers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The card's section with the answers of --sample_tasks after the last step; "" where there are none."""
+    if not rows:
+        return ""
+    parts = [f"## Answers after step {rows[0]['step']:,}, greedy\n"]
+    for row in rows:
+        task = "\n".join(filter(None, (row["instruction"], row["input"])))
+        parts += [f"```\n{task}\n--- answer\n{row['answer']}{'' if row['ended'] else ' [...]'}\n```\n"]
+    return "\n".join(parts) + "\n"
 
 
 def card_head(base: str, data_paths: Sequence[str], name: str, report: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
             problem(text)
     if not data["data_path"]:
         problem("--data_path is missing: for example --data_path ./alpaca_data.json")
-    for name in ("data_path", "eval_data_path"):
+    for name in ("data_path", "eval_data_path", "sample_tasks"):
         for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
             if not Path(path).exists() and (path.endswith(TASK_FILES) or path.startswith((".", "/"))):
                 folder = Path(path).parent

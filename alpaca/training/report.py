@@ -71,6 +71,8 @@ class ReportCallback(TrainerCallback):
     Time spent in evaluation and saving is not training time.
     """
 
+    samples: Any = None  # the SampleAnswers of --sample_tasks
+
     def __init__(self, trainer, data_report: Mapping[str, Any], adapters: bool = False):
         """`data_report`: the counts of data.load_data. `adapters`: the base's weights are frozen."""
         self.trainer, self.data_report = trainer, dict(data_report)
@@ -186,6 +188,7 @@ class ReportCallback(TrainerCallback):
             "saved_step": saved,
             "eval_loss_of_saved_step": saved_losses[-1] if saved_losses else None,
             "peak_memory_gb_per_process": memory,
+            "sample_answers": self.samples.last if self.samples else [],
             "data": self.data_report,
             "packages": package_versions(),
             "commit": git_commit(),

@@ -22,6 +22,7 @@ from alpaca.training.data import Collator, PaddedCollator
 from alpaca.training.held_out import fused_loss_error, loss_on_dataset
 from alpaca.training.internals import decoder_layers, prepare_buffers_apart
 from alpaca.training.report import ReportCallback
+from alpaca.training.sample_answers import SampleAnswers
 from alpaca.training.saving import on_first_process
 
 
@@ -42,6 +43,8 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     if args.fsdp:
         prepare_buffers_apart(trainer)
     trainer.report = ReportCallback(trainer, data_report, adapters=bool(model_args.lora_r or model_args.qlora))
+    samples = [SampleAnswers(trainer, tokenizer, data_args.sample_tasks, say)] if data_args.sample_tasks else []
+    trainer.report.samples = samples[0] if samples else None
     stop = StopOnSignal(trainer)
     for callback in (
         StopOnLossThatIsNotFinite(trainer),
@@ -49,6 +52,7 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
         ProveRowsApart(trainer, say),
         ProveFusedLoss(trainer),
         HeldOutLoss(trainer),
+        *samples,
         SealCheckpoints(trainer, keep),
         trainer.report,
         stop,

@@ -18,6 +18,7 @@ import architectures  # noqa: E402
 import tiny_models  # noqa: E402
 import train_runs  # noqa: E402
 
+from alpaca.common.files import read_jsonl  # noqa: E402
 from alpaca.training import checkpoint  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -49,7 +50,8 @@ def run_way(way, base, folder, *more):
     data = tiny_models.write_tasks(folder / "train.json", 200)
     eval_data = tiny_models.write_tasks(folder / "eval.json", 21, seed=5)
     name = way.replace(" ", "_")
-    argv = words(base, data, eval_data, folder / name, rows, *flags, *more)
+    tasks = tiny_models.write_tasks(folder / "tasks.json", 3, seed=6)
+    argv = words(base, data, eval_data, folder / name, rows, *flags, "--sample_tasks", tasks, *more)
     return train_runs.launch(argv, folder / f"{name}.log", processes).ok(), folder / name
 
 
@@ -65,6 +67,26 @@ def test_loss_curve_is_the_golden_one(ways, way):
     """Guards: a rank whose optimizer updated one weight only, losses averaged per rank, padding counted as tokens."""
     golden = json.loads(GOLDEN.read_text())["losses"]
     assert train_runs.losses(ways[way][1]) == pytest.approx(golden, rel=2e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sample_answers_are_those_of_inference(ways, way):
+    """Guards: processes that wait for each other in a gather, answers of padded prompts, or of half a model."""
+    from alpaca.answers.answering import answer_batch
+    from alpaca.answers.loading import load_model
+    from alpaca.answers.sampling import Sampling
+
+    run, out = ways[way]
+    rows = read_jsonl(out / "sample_answers.jsonl")
+    assert len(rows) == (6 if way == "one process" else 3)  # --eval_on_start, and at the end
+    report = json.loads((out / "train_report.json").read_text())
+    last = report["sample_answers"]
+    assert last == rows[-3:] and last[0]["step"] == report["steps"]
+    model, tokenizer = load_model(str(out))
+    for row in last:
+        (answer,) = answer_batch(model, tokenizer, [row], Sampling(max_new_tokens=64))
+        assert (row["answer"], row["ended"]) == (answer.text, answer.finish_reason == "stop")
+        assert row["instruction"][:80] in run.output and row["instruction"] in (out / "README.md").read_text()
 
 
 def test_held_out_loss_is_the_same_number(ways):
