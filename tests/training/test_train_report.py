@@ -182,7 +182,8 @@ def callback_for(tmp_path, device="cpu", **args):
 
     model = torch.nn.Linear(2, 2)
     settings = dict(
-        output_dir=str(tmp_path), device=torch.device(device), world_size=1, process_index=0, bf16=False, fp16=False, torch_compile=False,
+        output_dir=str(tmp_path), device=torch.device(device), world_size=1, process_index=0, bf16=False, fp16=False,
+        torch_compile=False,
         per_device_train_batch_size=1, gradient_accumulation_steps=1,
     )  # fmt: skip
     trainer = SimpleNamespace(
