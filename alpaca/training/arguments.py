@@ -38,7 +38,8 @@ class ModelArguments:
         "float32", "Type of the trained weights. float32 keeps updates of 2e-5 that bfloat16 rounds away; or 'auto'."
     )
     attn_implementation: str | None = flag(
-        None, "Attention kernel. Default: flash_attention_2 on a GPU where it is installed, else sdpa."
+        None,
+        "Attention kernel. Default: flash_attention_2 on a GPU where it is installed, else torch's varlen or sdpa.",
     )
     pad_to_multiple_of: int | None = flag(
         None, "Rounds the embedding's rows up to this multiple (64 is fast on GPUs). Default: LLaMA's faithful 32,001."
