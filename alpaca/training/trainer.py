@@ -62,13 +62,14 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
 
 
 def compile_layers(model, args) -> None:
-    """torch.compile of each layer by itself, for batches of any length: one graph serves all layers and batches.
+    """torch.compile of each layer by itself, in place, before Trainer shards: checkpointing stays inside it.
 
-    In place, before Trainer shards: FSDP2's hooks then stay around the compiled part and checkpointing inside it.
+    Layers share their graphs. torch sees from the second batch which sizes change and compiles for all of them then;
+    told to expect that of every size (`dynamic=True`), it took four times as long, for the weights' sizes too.
     Accelerate, which would compile the model as a whole, is told to leave it.
     """
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        layer.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     args.torch_compile_backend = None
 
 

@@ -143,7 +143,7 @@ def test_compiled_layers_are_not_compiled_again(kernel, more, fifty_steps, tmp_p
         request.getfixturevalue("varlen")
     base, wanted = fifty_steps
     losses, compilations = compiled_run(base, tmp_path, "compiled", *FIFTY, *more)
-    assert 0 < compilations[2] == compilations[-1] <= 12 and len(losses) == 50, compilations
+    assert 0 < compilations[2] == compilations[-1] <= 16 and len(losses) == 50, compilations
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 
