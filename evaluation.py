@@ -293,6 +293,7 @@ def loss(
     device: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    repetition_penalty: float = 1.0,
 ):
     """Loss and perplexity on the response tokens of a task file, and ROUGE-L of greedy answers against its outputs.
 
@@ -310,7 +311,9 @@ def loss(
         device: cuda or cpu.
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
         overwrite: Replace an earlier loss.json in output_dir.
+        repetition_penalty: Of the greedy answers, as in inference.py.
     """
+    sampling = Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
     if min(batch_size, limit or 1, max_length, max_new_tokens) < 1:
@@ -331,7 +334,7 @@ def loss(
         results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
         answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
         if answered:
-            results[name] |= rouge_of_answers(model, tokenizer, answered, max_new_tokens, batch_size)
+            results[name] |= rouge_of_answers(model, tokenizer, answered, sampling, batch_size)
         results[name]["seconds"] = round(time.monotonic() - begin, 1)
         del model  # two large models need not fit beside each other
 
@@ -351,6 +354,7 @@ def loss(
         settings = {
             "model_name_or_path": model_name_or_path, "base": base, "adapter": adapter, "max_length": max_length,
             "max_new_tokens": max_new_tokens, "limit": limit, "rouge_tasks": rouge_tasks, "dtype": dtype,
+            "repetition_penalty": repetition_penalty,
         }  # fmt: skip
         with run_record(output_dir, settings, [data_path]):
             jdump(results, Path(output_dir) / "loss.json")

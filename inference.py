@@ -41,6 +41,7 @@ def answer(
     device: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    repetition_penalty: float = 1.0,
 ):
     """Answers one instruction or a file of tasks.
 
@@ -63,8 +64,10 @@ def answer(
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
         overwrite: Begin output_path again.
+        repetition_penalty: Above 1: words that the answer already has become less likely. Small models repeat
+            themselves less with 1.2.
     """
-    sampling = _sampling(max_new_tokens, temperature, top_p, num_beams, seed)
+    sampling = _sampling(max_new_tokens, temperature, top_p, num_beams, seed, repetition_penalty)
     if (instruction is None) == (data_path is None):
         raise UserError('give --instruction "..." or --data_path FILE (or chat: python inference.py chat --help).')
     if instruction is not None and not instruction.strip():
@@ -95,10 +98,12 @@ def answer(
         terminal.print_answers(models, tasks, sampling, batch_size, device, dtype)
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int | None) -> Sampling:
+def _sampling(
+    max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int | None, penalty: float = 1.0
+) -> Sampling:
     if num_beams > 1 and temperature > 0:
         print("warning: beam search ignores --temperature and --top_p.", file=sys.stderr)
-    return Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
+    return Sampling(max_new_tokens, temperature, top_p, num_beams, seed, penalty)
 
 
 def chat(

@@ -13,7 +13,13 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from alpaca.answers.loading import not_finite
 from alpaca.answers.sampling import Sampling
@@ -112,13 +118,16 @@ def generate(
     def ask_stopped(input_ids, scores, **_):
         return torch.full((input_ids.shape[0],), stopped(), dtype=torch.bool, device=input_ids.device)
 
+    processors = [check_scores, *_samplers(sampling, row_numbers)]
+    if sampling.repetition_penalty > 1:
+        processors.insert(1, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty, prompt_ignore_length=width))
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=min(room_for_answer(model, prompt, sampling.max_new_tokens) for prompt in prompts),
         do_sample=False,
         num_beams=sampling.num_beams,
-        logits_processor=LogitsProcessorList([check_scores, *_samplers(sampling, row_numbers)]),
+        logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([ask_stopped]),
         streamer=streamer,
     )

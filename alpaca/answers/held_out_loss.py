@@ -10,7 +10,7 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
-from alpaca.answers.answering import answer_batch
+from alpaca.answers.answering import Answer, answer_batch
 from alpaca.answers.loading import not_finite
 from alpaca.answers.sampling import Sampling
 from alpaca.generation.rouge import rouge_tokens
@@ -50,11 +50,11 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def rouge_of_answers(
-    model, tokenizer, tasks: Sequence[dict], max_new_tokens: int = 256, batch_size: int = 8
+    model, tokenizer, tasks: Sequence[dict], sampling: Sampling, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Mean ROUGE-L F1 of greedy answers against the tasks' outputs, the answers' mean length in tokens, and
-    the share of them that ended before `max_new_tokens`."""
-    sampling, answers = Sampling(max_new_tokens), []
+    """Mean ROUGE-L F1 of answers against the tasks' outputs, the answers' mean length in tokens, and the share of them
+    that ended before `max_new_tokens`."""
+    answers: list[Answer] = []
     for start in range(0, len(tasks), batch_size):
         answers += answer_batch(model, tokenizer, tasks[start : start + batch_size], sampling)
     scores = [rouge_l(answer.text, task["output"]) for answer, task in zip(answers, tasks, strict=True)]

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from alpaca.answers.answer_file import AnswerJob, write_answers
 from alpaca.answers.answer_journal import AnswerJournal, PartJournal
-from alpaca.answers.answering import Answer, answer_batch, prompt_ids, room_for_answer, stream_answer
+from alpaca.answers.answering import Answer, answer_batch, generate, prompt_ids, room_for_answer, stream_answer
 from alpaca.answers.loading import load_model
 from alpaca.answers.model_paths import find_gguf
 from alpaca.answers.sampling import Sampling
@@ -47,12 +47,28 @@ def copy_of(folder, target):
 # Prompts and batches.
 
 
+SAMPLINGS = [
+    Sampling(20), Sampling(20, 0.8, 0.9, seed=3), Sampling(8, num_beams=3), Sampling(20, repetition_penalty=1.3),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "tied"])
-@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, 0.8, 0.9, seed=3), Sampling(8, num_beams=3)])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_batched_answers_equal_one_by_one(loaded, name, sampling):
     """Left padding with a wrong mask or wrong positions, pad = eos taken for the end, one generator for all rows."""
     model, tokenizer = loaded[name]
     assert answer_batch(model, tokenizer, TASKS, sampling) == one_by_one(model, tokenizer, sampling)
+
+
+def test_repetition_penalty_spares_the_prompt(loaded):
+    """Guards: transformers' default, which makes the words of a task's input as unlikely as repeated ones."""
+    model, tokenizer = loaded["llama"]
+    prompts = [list(range(20 + shift, 420 + shift)) for shift in range(8)]
+    plain = [new for new, _ in generate(model, prompts, Sampling(80), range(8))]
+    other = [new for new, _ in generate(model, prompts, Sampling(80, repetition_penalty=1e6), range(8))]
+    assert any(len(set(new)) < len(new) for new in plain) and all(len(set(new)) == len(new) for new in other)
+    assert [new[0] for new in other] == [new[0] for new in plain]
+    assert any(new[0] in prompt for new, prompt in zip(plain, prompts, strict=True))
 
 
 def test_batched_answers_equal_one_by_one_on_the_embedded_model():
