@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -410,6 +411,7 @@ if __name__ == "__main__":
         tasks_per_reply=flags.tasks,
     ) as running:
         print(f"listening on {running.base_url}", flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
     if flags.log:
