@@ -189,6 +189,7 @@ class ReportCallback(TrainerCallback):
             "eval_loss_of_saved_step": saved_losses[-1] if saved_losses else None,
             "peak_memory_gb_per_process": memory,
             "sample_answers": self.samples.last if self.samples else [],
+            "sample_answers_seconds": round(self.samples.seconds, 4) if self.samples else None,
             "data": self.data_report,
             "packages": package_versions(),
             "commit": git_commit(),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoint
@@ -58,6 +59,9 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
         stop,
     ):
         trainer.add_callback(callback)
+    # Trackers last: at the end of training they close, and the last held-out loss and answers go there too.
+    for tracker in get_reporting_integration_callbacks(args.report_to):
+        trainer.add_callback(trainer.pop_callback(tracker))
     return trainer, stop
 
 

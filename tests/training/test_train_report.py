@@ -130,6 +130,27 @@ def test_model_card(finished, tiny_llama):
     assert str(data) in card.text and "CC BY-NC 4.0" in card.text and "`learning_rate`" in card.text
 
 
+@pytest.mark.parametrize("held_out", [0, 4])
+def test_what_comes_last_reaches_tensorboard(held_out, tiny_llama, tmp_path):
+    """Guards: a tracker closed before the last answers, which ended the run with no model saved; a last held-out loss
+    in a second file or run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = tiny_models.write_tasks(tmp_path / "data.json", ROWS)
+    tasks = tiny_models.write_tasks(tmp_path / "tasks.json", 2, seed=6)
+    more = ["--sample_tasks", tasks, "--report_to", "tensorboard", "--val_size", held_out]
+    train_runs.launch([*command(tiny_llama, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    report = json.loads((tmp_path / "out" / "train_report.json").read_text())
+    assert len(report["sample_answers"]) == 2 and report["sample_answers_seconds"] > 0
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    (event,) = events.Tensors("sample_answers/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == report["steps"] and ("eval/loss" in events.Tags()["scalars"]) == bool(held_out)
+    assert all(row["instruction"] in text and row["answer"] in text for row in report["sample_answers"])
+
+
 def rendered(template: str, **values: str) -> str:
     """What Go's text/template makes of {{ .Name }} and of one {{ if .Name }} ... {{ else }} ... {{ end }}."""
     condition, name, yes, no, rest = re.fullmatch(
