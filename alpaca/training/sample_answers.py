@@ -94,7 +94,8 @@ def as_line(row: dict[str, Any]) -> str:
 
 def track(rows: list[dict[str, Any]], step: int, report_to: list[str], callbacks: list[TrainerCallback]) -> None:
     """The answers as text in each tracker of the run that shows text."""
-    columns = ("instruction", "input", "answer", "ended")
+    columns = ["instruction", "input", "answer", "ended"]
+    values = [[row[name] for name in columns] for row in rows]
     if "tensorboard" in report_to:
         writer = next(each.tb_writer for each in callbacks if isinstance(each, TensorBoardCallback))
         text = "\n\n".join(f"**{row['instruction']}**\n\n{row['input']}\n\n> {row['answer']}" for row in rows)
@@ -102,9 +103,8 @@ def track(rows: list[dict[str, Any]], step: int, report_to: list[str], callbacks
     if "wandb" in report_to:
         import wandb  # optional
 
-        wandb.log({"sample_answers": wandb.Table(columns, [[row[name] for name in columns] for row in rows])})
+        wandb.log({"sample_answers": wandb.Table(columns=columns, data=values)})
     if "trackio" in report_to:
-        import pandas
         import trackio  # optional
 
-        trackio.log({"sample_answers": trackio.Table(pandas.DataFrame(rows)[list(columns)])})
+        trackio.log({"sample_answers": trackio.Table(columns=columns, data=values)})
