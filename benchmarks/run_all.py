@@ -54,8 +54,9 @@ class Benchmark:
                 cwd=checkout, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, stdin=subprocess.DEVNULL,
                 capture_output=True, timeout=60 * minutes,
             )  # fmt: skip
-            self.output, self.failed = done.stdout.strip(), done.returncode != 0
-            errors = done.stderr
+            self.output = re.sub(r"^#+ ", r"##\g<0>", done.stdout.strip(), flags=re.MULTILINE)
+            self.failed = done.returncode != 0
+            errors = done.stderr if done.returncode >= 0 else f"ended by signal {-done.returncode} (9: out of memory?)"
         except subprocess.TimeoutExpired:
             self.failed, errors = True, f"not done within {minutes:g} minutes"
         self.seconds = time.perf_counter() - begin
@@ -125,8 +126,9 @@ def measure(listed: Sequence[Benchmark], checkout: Path, minutes: float = 15):
 def benchmarks(folder: Path, scale: float, peer: str | None) -> list[Benchmark]:
     base, pool, rows = made_inputs(folder, scale)
     sizes = ",".join(str(max(100, round(size * scale))) for size in (10_000, 100_000, 1_000_000))
-    steps = max(1, round(6 * scale))
-    train = ["benchmarks/bench_train.py", "--model", base, "--data_path", rows, "--steps", steps]
+    steps = max(1, round(12 * scale))
+    train = ["benchmarks/bench_train.py", "--model", base, "--data_path", rows, "--batch_sizes", 4]
+    train += ["--steps", steps]
     return [
         Benchmark(
             "dedup", ["benchmarks/bench_dedup.py", "--data_path", pool, "--sizes", sizes, "--plain_candidates", 1],
@@ -139,7 +141,7 @@ def benchmarks(folder: Path, scale: float, peer: str | None) -> list[Benchmark]:
         ),
         Benchmark(
             "tokenising", ["benchmarks/bench_tokenize.py", "--data_path", rows, "--tokenizer", base],
-            "row by row, twice", r"\| this project, cold \|(?:[^|]*\|){3} ([\d.,]+) \|",
+            "row by row, twice", r"\| this project, cold \|(?:[^|]*\|){4} ([\d.,]+) \|",
         ),
         Benchmark(
             "training", train + (["--peer", peer] if peer else []), "padded batches in float32",
