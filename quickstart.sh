@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The Alpaca recipe end to end on a small real model: no GPU, no key, two CPU cores, under 8 GB of memory.
+# The Alpaca recipe end to end on a small real model: no GPU, no key, two CPU cores, 9 GB of memory.
 #
 #   make quickstart        installs what is missing and runs this file; everything lands in ./quickstart_run
 #
