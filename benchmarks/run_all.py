@@ -101,8 +101,9 @@ def run(
         lines += ["", f"## {bench.name}, {bench.seconds:,.0f} s", "", bench.output]
     for bench in earlier:
         lines += ["", f"## {bench.name} of {Path(before or '').name}, {bench.seconds:,.0f} s", "", bench.output]
+    text = "\n".join(lines).replace(f"{work}/", "")  # the benches name their inputs, which are gone
     with atomic_write(target) as stream:
-        stream.write("\n".join(lines) + "\n")
+        stream.write(text + "\n")
     draw(done, target)
     print("\n".join(summary(done)), f"\n{target}", sep="\n")
     return int(any(bench.failed for bench in (*done, *earlier)))
