@@ -23,6 +23,16 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before():
+    """Guards: a test whose outcome depends on which test file ran before it, by a variable that one of them set."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     return tiny_models.make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
