@@ -72,6 +72,7 @@ def train(argv: list[str] | None = None) -> None:
 
     from alpaca.training.card import describe
     from alpaca.training.data import describe_example, load_data
+    from alpaca.training.hub import HubRepository
     from alpaca.training.memory import memory_estimate, memory_table
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
     from alpaca.training.report import dataset_statistics
@@ -106,6 +107,7 @@ def train(argv: list[str] | None = None) -> None:
     # ---- training ----------------------------------------------------------------------------------------------------
     settings = {**vars(model_args), **vars(data_args), **args.to_sanitized_dict()}
     inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
+    hub = HubRepository(args, say)
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         parameters = empty_model(config).num_parameters()
         adapters = model_args.lora_r or model_args.qlora
@@ -122,6 +124,7 @@ def train(argv: list[str] | None = None) -> None:
         save(trainer, tokenizer, config, model_args, args, say)
         if args.process_index == 0:
             describe(args.output_dir, model_args.model_name_or_path, inputs, settings, trainer.report.final, tokenizer)
+    hub.push()
 
 
 @contextlib.contextmanager
