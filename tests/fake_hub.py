@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub on 127.0.0.1: repositories are made, files arrive whole or by LFS, commits count.
 
-    with FakeHub() as hub:
-        ...                      # with HF_ENDPOINT=hub.url and HF_TOKEN=hub.token in the environment
-        hub.files["me/model"]    # path -> bytes after the last commit
+with FakeHub() as hub:
+    ...                      # with HF_ENDPOINT=hub.url and HF_TOKEN=hub.token in the environment
+    hub.files["me/model"]    # path -> bytes after the last commit
 """
 
 import base64

@@ -77,8 +77,8 @@ def kill_and_check(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
     replies = [record for record in replies if "text" in record]
     assert len(given_up) <= max(1, len(replies) // 200), "too many requests were given up"
 
-    # Every reply in the journal is one that the server sent, once, to the prompt that belongs to its index. "Sent" is more
-    # than "finished": a client that read a reply, wrote it down and died before the server looked again is gone for it.
+    # Every reply in the journal is one that the server sent, once, to the prompt that belongs to its index. "Sent" is
+    # more than "finished": a client that read a reply, wrote it down and died is gone when the server looks again.
     sent = {entry["request_id"]: entry for entry in server.log if entry["status"] == 200 and entry["text"] is not None}
     finished = {entry["request_id"] for entry in server.finished()}
     ids = [record["request_id"] for record in replies]

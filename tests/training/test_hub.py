@@ -20,7 +20,12 @@ def push(hub, tiny_llama, tmp_path, run_script):
     data = tiny_models.write_tasks(tmp_path / "data.json", 4)
 
     def run(*more, token=FakeHub.token, status=0):
-        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
         return run_script(
             "train.py", "--model_name_or_path", tiny_llama, "--data_path", data, "--output_dir", tmp_path / "tuned",
             "--max_steps", 1, "--save_steps", 1, "--push_to_hub", "True", *more, status=status,
