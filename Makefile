@@ -18,7 +18,7 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev $(VENV)/.quickstart
 	PYTHON=$(BIN)/python bash tests/install_browser.sh
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
+from alpaca.common.files import named_in_errors
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _PART = 1 << 22  # signatures that a thread sorts at a time, which takes about 400 MB
@@ -40,8 +42,8 @@ def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.nda
     return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
 
 
-class TooManyCandidates(Exception):
-    """More pairs share a signature than the caller wants to have compared."""
+class TooManyMatches(Exception):
+    """More pairs are above the threshold than the caller wants to hold."""
 
 
 class TokenNumbers(NamedTuple):
@@ -178,7 +180,7 @@ class PairSearch:
         """Pairs above the threshold within `rows`, or between `rows` and `others`: int64 left << 32 | right, ascending.
 
         Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
-        TooManyCandidates before it compares more than about `most` pairs.
+        TooManyMatches once it holds about `most`, a pair counted once for each part of the signatures that finds it.
         """
         sides = [rows] if others is None else [rows, others]
         k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
@@ -190,7 +192,11 @@ class PairSearch:
                     signatures = _Signatures(self, k, eligible)
                     parts = signatures.write(sides, threads)
                     compare = functools.partial(self._matches, signatures, len(sides) == 2, most / max(len(parts), 1))
-                    found += threads.map(compare, parts)
+                    try:
+                        found += threads.map(compare, parts)
+                    finally:  # those that nobody read would keep their space on the disk
+                        for part in parts:
+                            part.close()
         return distinct(np.concatenate(found))
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
@@ -203,10 +209,13 @@ class PairSearch:
 
     def _matches(self, signatures: "_Signatures", between: bool, most: float, part: IO[bytes]) -> np.ndarray:
         """The pairs above the threshold that share a signature of this part."""
-        found = [np.empty(0, np.int64)]
-        for pairs in signatures.candidates(part, between, most):
+        found, number = [np.empty(0, np.int64)], 0
+        for pairs in signatures.candidates(part, between):
             pairs = pairs[self._may_match(pairs)]
             found.append(pairs[self.sequences.f1(pairs) > self.threshold])
+            number += len(found[-1])
+            if number > most:
+                raise TooManyMatches
         return distinct(np.concatenate(found))
 
     def _may_match(self, pairs: np.ndarray) -> np.ndarray:
@@ -271,7 +280,7 @@ class _Signatures:
             part_of = ((entries["key"] >> np.uint64(32)) % np.uint64(len(parts))).astype(np.uint16)
             entries = entries[np.argsort(part_of, kind="stable")]
             ends = np.cumsum(np.bincount(part_of, minlength=len(parts))).tolist()
-            with lock:
+            with lock, named_in_errors(tempfile.gettempdir()):
                 for part, start, end in zip(parts, [0, *ends], ends, strict=False):
                     part.write(entries[start:end])
 
@@ -301,7 +310,7 @@ class _Signatures:
         entries["last"] = subsets[:, -1]
         return entries.ravel()
 
-    def candidates(self, part: IO[bytes], between: bool, most: float) -> Iterator[np.ndarray]:
+    def candidates(self, part: IO[bytes], between: bool) -> Iterator[np.ndarray]:
         """Packed pairs of rows with one hash whose lengths and places allow a match; the shorter looks for the longer.
 
         Each array is distinct. The file is closed.
@@ -336,8 +345,6 @@ class _Signatures:
             stop = np.searchsorted(keys, keys[seekers] & ~np.uint64(0xFFFF) | reach, side="right")
         counts = np.maximum(stop - start, 0)
         ends = np.cumsum(counts)
-        if counts.sum() > most:
-            raise TooManyCandidates
         first = 0
         while first < len(seekers):
             done = ends[first - 1] if first else 0

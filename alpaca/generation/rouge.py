@@ -6,6 +6,7 @@
 The figures are those of rouge_score without stemming, bit for bit, and so are its tokens: runs of [a-z0-9].
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -27,7 +28,7 @@ from alpaca.generation.pair_search import (
     Sequences,
     TokenNumbers,
     TokenStore,
-    TooManyCandidates,
+    TooManyMatches,
     f1_scores,
 )
 
@@ -325,7 +326,8 @@ class _Block:
 # The near duplicates of a whole file.
 
 _LEAF = 4096  # rows below which `first_repeats` compares however many pairs there are
-_CANDIDATES = 100  # pairs a row that it compares at once; ordinary files have ten to thirty
+_MATCHES = 100  # pairs a row that it holds at once; ordinary files have fewer than one
+_MOST_MATCHES = 2 * 10**8  # of 8 bytes each
 
 
 class Matches(NamedTuple):
@@ -369,15 +371,15 @@ def first_repeats(
         return rows[(repeated[rows] < 0) | (rows < fixed)]
 
     def keep(rows: np.ndarray) -> np.ndarray:
-        try:
-            drop(search.pairs(rows, most=math.inf if len(rows) <= _LEAF else _CANDIDATES * len(rows)))
-        except TooManyCandidates:
-            # What repeats the first half goes before the second half is compared with itself. A file of near copies
-            # shrinks to little at once, and no list of all its pairs ever exists.
-            first, second = keep(rows[: len(rows) // 2]), rows[len(rows) // 2 :]
-            drop(search.pairs(first, second))
-            return np.concatenate([first, keep(stay(second))])
-        return stay(rows)
+        most = math.inf if len(rows) <= _LEAF else min(_MATCHES * len(rows), _MOST_MATCHES)
+        with contextlib.suppress(TooManyMatches):
+            drop(search.pairs(rows, most=most))
+            return stay(rows)
+        # What repeats the first half goes before the second half is compared with itself. A file of near copies
+        # shrinks to little at once, and no list of all its pairs ever exists.
+        first, second = keep(rows[: len(rows) // 2]), rows[len(rows) // 2 :]
+        drop(search.pairs(first, second))
+        return np.concatenate([first, keep(stay(second))])
 
     copies = sequences.first_copies(rows)
     keep(rows[copies == rows])
