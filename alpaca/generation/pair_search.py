@@ -180,24 +180,30 @@ class PairSearch:
         """Pairs above the threshold within `rows`, or between `rows` and `others`: int64 left << 32 | right, ascending.
 
         Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
-        TooManyMatches once it holds about `most`, a pair counted once for each part of the signatures that finds it.
+        TooManyMatches where there are more than `most`.
         """
         sides = [rows] if others is None else [rows, others]
         k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
-        found = [np.empty(0, np.int64)]
+        found, more = np.empty(0, np.int64), []
         with ThreadPoolExecutor(CORES) as threads:
             for k in range(1, 4):
                 eligible = self.possible & (k_of == k)
                 if eligible.any():
                     signatures = _Signatures(self, k, eligible)
                     parts = signatures.write(sides, threads)
-                    compare = functools.partial(self._matches, signatures, len(sides) == 2, most / max(len(parts), 1))
+                    compare = functools.partial(self._matches, signatures, len(sides) == 2, most)
                     try:
-                        found += threads.map(compare, parts)
+                        for matches in threads.map(compare, parts):
+                            more.append(matches)
+                            # A pair shares many signatures. It is held once.
+                            if sum(map(len, more)) > max(len(found), _CHUNK):
+                                found, more = distinct(np.concatenate([found, *more])), []
+                            if len(found) > most:
+                                raise TooManyMatches
                     finally:  # those that nobody read would keep their space on the disk
                         for part in parts:
                             part.close()
-        return distinct(np.concatenate(found))
+        return distinct(np.concatenate([found, *more]))
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
         """k for each distinct length of the shorter text, as far as the longest partner's prefix has few k-subsets."""

@@ -326,7 +326,7 @@ class _Block:
 # The near duplicates of a whole file.
 
 _LEAF = 4096  # rows below which `first_repeats` compares however many pairs there are
-_MATCHES = 100  # pairs a row that it holds at once; ordinary files have fewer than one
+_MATCHES = 100  # pairs a row that it holds at once; ordinary files have a few
 _MOST_MATCHES = 2 * 10**8  # of 8 bytes each
 
 
