@@ -25,6 +25,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 _PART = 1 << 22  # signatures that a thread sorts at a time, which takes about 400 MB
 _CHUNK = 1 << 20  # pairs compared in one array operation
+_SAMPLE = 1 << 12  # pairs compared at first, which tell about how many of the others will match
 CODE_POINTS = 0x110000  # token numbers below this fit a character of a string
 _MOST_SUBSETS = 4096  # signatures of one sequence
 _MANY = 200_000  # sequences from which on signatures of three tokens pay
@@ -180,7 +181,7 @@ class PairSearch:
         """Pairs above the threshold within `rows`, or between `rows` and `others`: int64 left << 32 | right, ascending.
 
         Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
-        TooManyMatches where there are more than `most`.
+        TooManyMatches where there are more than `most`, or would be by what a sample shows.
         """
         sides = [rows] if others is None else [rows, others]
         k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
@@ -216,11 +217,11 @@ class PairSearch:
     def _matches(self, signatures: "_Signatures", between: bool, most: float, part: IO[bytes]) -> np.ndarray:
         """The pairs above the threshold that share a signature of this part."""
         found, number = [np.empty(0, np.int64)], 0
-        for pairs in signatures.candidates(part, between):
+        for pairs, share in signatures.candidates(part, between):
             pairs = pairs[self._may_match(pairs)]
             found.append(pairs[self.sequences.f1(pairs) > self.threshold])
             number += len(found[-1])
-            if number > most:
+            if number and number > most * share:
                 raise TooManyMatches
         return distinct(np.concatenate(found))
 
@@ -316,10 +317,11 @@ class _Signatures:
         entries["last"] = subsets[:, -1]
         return entries.ravel()
 
-    def candidates(self, part: IO[bytes], between: bool) -> Iterator[np.ndarray]:
+    def candidates(self, part: IO[bytes], between: bool) -> Iterator[tuple[np.ndarray, float]]:
         """Packed pairs of rows with one hash whose lengths and places allow a match; the shorter looks for the longer.
 
-        Each array is distinct. The file is closed.
+        Each array is distinct, and comes with the share of the part's pairs that have been given so far. The file is
+        closed.
         """
         part.seek(0)
         entries = np.fromfile(part, self.ENTRY)
@@ -354,7 +356,8 @@ class _Signatures:
         first = 0
         while first < len(seekers):
             done = ends[first - 1] if first else 0
-            after = max(int(np.searchsorted(ends, done + _CHUNK, side="right")), first + 1)
+            step = _CHUNK if first else min(_SAMPLE, _CHUNK)
+            after = max(int(np.searchsorted(ends, done + step, side="right")), first + 1)
             n = counts[first:after]
             p = np.repeat(seekers[first:after], n)
             q = np.repeat(start[first:after] - (ends[first:after] - n - done), n) + np.arange(len(p))
@@ -364,7 +367,7 @@ class _Signatures:
             # Between two sides the first side is left, else the lower row.
             swap = (keys[p] & np.uint64(1 << 16)) > 0 if between else left > right
             left[swap], right[swap] = right[swap], left[swap]
-            yield distinct((left << 32 | right)[left != right])
+            yield distinct((left << 32 | right)[left != right]), ends[after - 1] / ends[-1] if ends[-1] else 1.0
             first = after
 
 

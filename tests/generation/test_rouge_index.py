@@ -259,7 +259,7 @@ def test_a_file_of_near_copies_stays_small(monkeypatch):
     monkeypatch.setattr(rouge, "_LEAF", 64)
     texts = [f"translate the word number{i} into the french language please" for i in range(20_000)]
     assert len(repeats(texts)) == 19_999
-    assert sum(compared) < 10_000_000
+    assert sum(compared) < 200_000
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, 7])
