@@ -73,6 +73,7 @@ def generate_instruction_following_data(
     sample_from_generated: int = 0,
     sample_lag: int = 64,
     answer_separately: bool = False,
+    answer_temperature: float | None = None,
     unicode_dedup: bool = False,
     max_requests_without_new: int = 100,
     expected_tasks_per_request: float | None = None,
@@ -113,6 +114,8 @@ def generate_instruction_following_data(
         sample_from_generated: how many of the examples come from kept tasks of earlier replies.
         sample_lag: these are taken from requests at least so much earlier; it also bounds the concurrency then.
         answer_separately: ask for instructions first and for each answer on its own over chat; for small teachers.
+        answer_temperature: of the separately asked answers; default --temperature. Lists of tasks want variety, answers
+            the likeliest words.
         unicode_dedup: tokens of any script count in the comparison, and instructions in any script pass.
         max_requests_without_new: end after so many replies in a row without a task that is kept.
         expected_tasks_per_request: a first guess that decides how many requests start at once, before replies tell;

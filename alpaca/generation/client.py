@@ -171,24 +171,32 @@ class ModelClient:
         if date:
             print(f"note: OpenAI will shut down {self.model} on {date}; {DEFAULT_MODEL} is the current small model.")
 
-    async def ask(self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None) -> Reply:
+    async def ask(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        stop: Sequence[str] | None = None,
+        temperature: float | None = None,
+    ) -> Reply:
         """One reply to a prompt, or to chat messages. `stop` goes to completion models only: chat models end by
-        themselves, and reasoning models refuse it."""
+        themselves, and reasoning models refuse it. `temperature`: another one than the client's."""
         begin = time.monotonic()
-        data, request_id = await self.post(prompt, stop)
+        data, request_id = await self.post(prompt, stop, temperature)
         try:
             return self.read_reply(data, prompt, request_id, round(time.monotonic() - begin, 3))
         except Exception as error:  # whatever form it has: it is paid for, and the caller keeps it
             raise RequestFailed("unreadable reply", repr(error), data) from error
 
     async def post(
-        self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        stop: Sequence[str] | None = None,
+        temperature: float | None = None,
     ) -> tuple[dict[str, Any], str | None]:
         """As ask, but returns the server's JSON object, which has a choice, and the id of the request."""
         room, tries = self.max_tokens, Counter()
         while True:
             await self.gate.wait()
-            path, body = self.request(prompt, stop, room)
+            path, body = self.request(prompt, stop, room, temperature)
             wait = None
             try:
                 async with asyncio.timeout(self.request_timeout):  # of the whole try: a slow drip meets no read timeout
@@ -228,10 +236,16 @@ class ModelClient:
             await asyncio.sleep(min(wait, LONGEST_WAIT))
 
     def request(
-        self, prompt: str | Sequence[Mapping[str, str]], stop: Sequence[str] | None = None, room: int | None = None
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        stop: Sequence[str] | None = None,
+        room: int | None = None,
+        temperature: float | None = None,
     ) -> tuple[str, dict]:
         """(path, JSON body) of a request as this model takes it. `room`: most tokens of the reply."""
         settings = {**self.settings, self._length_name: room or self.max_tokens}
+        if temperature is not None:
+            settings["temperature"] = temperature
         if isinstance(prompt, str) and self.api == "completions":
             path, content = "/completions", {"prompt": prompt}
             settings["stop"] = settings.get("stop") or stop

@@ -249,11 +249,12 @@ class GenerationRun:
 
     async def _ask(self, request: Request) -> None:
         """Asks one request and has its reply on disk before anything else happens to it."""
-        message, stop = request.prompt, self.prompter.stop
+        message, stop, temperature = request.prompt, self.prompter.stop, None
         if request.is_answer:
             message, stop = [{"role": "user", "content": request.prompt}], None
+            temperature = self.settings.answer_temperature
         try:
-            reply = await self.client.ask(message, stop)
+            reply = await self.client.ask(message, stop, temperature)
         except RequestFailed as failure:
             fields, kind = failure_fields(failure), failure.kind
         else:

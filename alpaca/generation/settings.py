@@ -27,6 +27,7 @@ class GenerationSettings:
     sample_from_generated: int = 0
     sample_lag: int = 64
     answer_separately: bool = False
+    answer_temperature: float | None = None
     unicode_dedup: bool = False
     similarity_figures: bool = True
     prompt_text: str = ""
@@ -52,6 +53,8 @@ class GenerationSettings:
                 "expected 0 <= --sample_from_generated <= --num_prompt_instructions < --num_tasks_per_request, found "
                 f"{self.sample_from_generated}, {self.num_prompt_instructions}, {self.num_tasks_per_request}."
             )
+        if self.answer_temperature is not None and not self.answer_separately:
+            raise UserError("--answer_temperature is that of separate answers: add --answer_separately True.")
         for name in ("max_tokens", "sample_lag"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, found {getattr(self, name)}.")
@@ -59,11 +62,13 @@ class GenerationSettings:
             raise UserError(f"--seed_tasks_path has {seeds} tasks, fewer than --num_prompt_instructions.")
 
     def to_record(self) -> dict[str, Any]:
-        """As they stand in the journal; `shard` and `similarity_figures` only where they are not the default."""
+        """As they stand in the journal; settings that it did not have from the start only where they are not the
+        default."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         shard = values.pop("shard")
-        if values["similarity_figures"]:
-            del values["similarity_figures"]
+        for name, default in (("similarity_figures", True), ("answer_temperature", None)):
+            if values[name] == default:
+                del values[name]
         record = {_NAMES_IN_JOURNAL.get(name, name): value for name, value in values.items()}
         return record if shard.whole else record | {"shard": str(shard)}
 

@@ -142,6 +142,7 @@ def test_check_and_clean_are_commands(run_script, tmp_path):
         ({"prompt_path": "no_such.txt"}, "no file no_such.txt"),
         ({"seed_tasks_path": "no_such.jsonl"}, "no file no_such.jsonl"),
         ({"batch_api": True, "answer_separately": True}, "cannot be combined"),
+        ({"answer_temperature": 0.2}, "--answer_separately True"),
     ],
 )
 def test_wrong_settings_are_told_before_the_first_request(tmp_path, server, options, words):
@@ -384,13 +385,15 @@ def test_separate_answers_are_paid_once_and_checked(tmp_path, server, capsys):
         }
 
     server.reply = reply
-    generate(tmp_path, server, 12, answer_separately=True)
+    generate(tmp_path, server, 12, answer_separately=True, answer_temperature=0.2)
     tasks = jload(tmp_path / "regen.json")
     assert len(tasks) == 12 and {task["output"] for task in tasks} == {"A good answer."}
     with_input = [task for task in tasks if task["input"]]
     asked = [entry["body"]["messages"][-1]["content"] for entry in server.log if "messages" in entry["body"]]
     assert all(f"{task['instruction']}\n\n{task['input']}" in asked for task in with_input) and with_input
     assert len(set(asked)) == len(asked)
+    temperatures = {("messages" in entry["body"], entry["body"]["temperature"]) for entry in server.log}
+    assert temperatures == {(False, 1.0), (True, 0.2)}  # one for both: lists without variety, or answers without sense
     reasons = {row["reason"] for row in read_jsonl(tmp_path / "rejections.jsonl")}
     assert {"answer cut off", "refusal"} <= reasons
 
