@@ -213,8 +213,8 @@ def _generate(
     async def ask() -> tuple[dict[str, Any], BaseException | None]:
         client = ModelClient.for_settings(prompter.settings, **connection)
         client.accepted = any("text" in reply for reply in journal.records)
-        parts = (client, journal, harvest, prompter, limits, budget, files)
-        generation = BatchRun(*parts) if batch_api else GenerationRun(*parts, progress)
+        kind = BatchRun if batch_api else GenerationRun
+        generation = kind(client, journal, harvest, prompter, limits, budget, files, progress)
         try:
             await client.check_model()
             await generation.run()

@@ -13,15 +13,8 @@ from typing import Any
 import openai
 
 from alpaca.common.errors import UserError
-from alpaca.common.journal import Journal
-from alpaca.generation.client import ModelClient
-from alpaca.generation.harvest import Harvest
 from alpaca.generation.many_requests import RequestFailed
-from alpaca.generation.output import OutputFiles
-from alpaca.generation.prices import Budget
-from alpaca.generation.prompting import Prompter
-from alpaca.generation.run import failure_fields, reply_fields
-from alpaca.generation.settings import Limits
+from alpaca.generation.run import Run, failure_fields, reply_fields
 
 MAX_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000
 MAX_BYTES = 150_000_000  # of one batch; OpenAI takes 200 MB
@@ -29,26 +22,11 @@ OVER = ("completed", "failed", "expired", "cancelled")
 SUBMIT_TRIES = 5
 
 
-class BatchRun:
+class BatchRun(Run):
     """Submits batches until the target, the budget or the model's ideas are exhausted.
 
-    After `await run()`, `end` says why it ended. Raises UserError where the server refuses or is lost.
+    Raises UserError where the server refuses or is lost.
     """
-
-    def __init__(
-        self,
-        client: ModelClient,
-        journal: Journal,
-        harvest: Harvest,
-        prompter: Prompter,
-        limits: Limits,
-        budget: Budget,
-        files: OutputFiles,
-    ):
-        self.client, self.journal, self.harvest, self.prompter = client, journal, harvest, prompter
-        self.limits, self.budget, self.files = limits, budget, files
-        self.end: str | None = None
-        self.error = None  # errors are raised
 
     async def run(self) -> None:
         self._read(self.journal.records)

@@ -106,28 +106,27 @@ class Request:
         return self.record["kind"] == "answer"
 
 
-class GenerationRun:
-    """Asks, journals and harvests until the target, the budget or the model's ideas are exhausted.
+@dataclasses.dataclass
+class Run:
+    """What a run works with. Afterwards `end` says why it ended, and `error` which error ended it, if one did."""
 
-    After `await run()`, `end` says why it ended, and `error` holds the error that ended it, if one did.
-    """
+    client: ModelClient
+    journal: Journal
+    harvest: Harvest
+    prompter: Prompter
+    limits: Limits
+    budget: Budget
+    files: OutputFiles
+    progress: Progress
+    end: str | None = None
+    error: BaseException | None = None
 
-    def __init__(
-        self,
-        client: ModelClient,
-        journal: Journal,
-        harvest: Harvest,
-        prompter: Prompter,
-        limits: Limits,
-        budget: Budget,
-        files: OutputFiles,
-        progress: Progress,
-    ):
-        self.client, self.journal, self.harvest, self.prompter = client, journal, harvest, prompter
-        self.limits, self.budget, self.files, self.progress = limits, budget, files, progress
-        self.settings = harvest.settings
-        self.end: str | None = None
-        self.error: BaseException | None = None
+
+class GenerationRun(Run):
+    """Asks, journals and harvests until the target, the budget or the model's ideas are exhausted."""
+
+    def __post_init__(self):
+        self.settings = self.harvest.settings
         self._failures: list[str] = []  # kinds of the last failures without a reply between them
         self._unreadable_shown = False
         self._without_new = 0  # replies in a row without a task that is kept
@@ -135,8 +134,8 @@ class GenerationRun:
         self._changed = asyncio.Event()
         self._unanswered: deque[Candidate] = deque()
 
-        harvest.add(journal.records)
-        self._of_earlier_runs = {record["index"] for record in journal.records if record["kind"] == "reply"}
+        self.harvest.add(self.journal.records)
+        self._of_earlier_runs = {record["index"] for record in self.journal.records if record["kind"] == "reply"}
         shard = self.settings.shard
         asked = range(shard.index, max(self._of_earlier_runs, default=-1) + 1, shard.count)
         # Requests that were under way when an earlier run ended come first.

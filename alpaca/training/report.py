@@ -115,7 +115,7 @@ class ReportCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.since = self.step_ended = time.monotonic()
-        self.last_step = self.first_step = state.global_step
+        self.last_step = state.global_step
         # A resumed run keeps the lines up to its checkpoint and writes the rest anew: one line a step.
         # A power cut may have torn the last one.
         lines = read_records(self.log_file) if state.global_step and self.log_file.is_file() else []
