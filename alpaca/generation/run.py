@@ -122,6 +122,7 @@ class Run:
     error: BaseException | None = None
 
 
+@dataclasses.dataclass
 class GenerationRun(Run):
     """Asks, journals and harvests until the target, the budget or the model's ideas are exhausted."""
 
