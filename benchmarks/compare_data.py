@@ -73,11 +73,11 @@ def compare(
     answers = ("--rouge_tasks", rouge_tasks, "--max_new_tokens", 128, "--repetition_penalty", repetition_penalty)
     figures: dict[str, dict[str, dict]] = {name: {} for name in models}
     for name, path in models.items():
-        for what, file, options in (
-            ("tasks", "configs/eval_tasks.jsonl", answers),
-            ("rows", folder / "held_out.json", ("--rouge_tasks", 0)),
+        for what, place, file, options in (
+            ("tasks", f"{name}_tasks_penalty_{repetition_penalty:g}", "configs/eval_tasks.jsonl", answers),
+            ("rows", f"{name}_rows", folder / "held_out.json", ("--rouge_tasks", 0)),
         ):
-            found = folder / "figures" / f"{name}_{what}"
+            found = folder / "figures" / place
             if not (found / "loss.json").is_file():
                 run("evaluation.py", "loss", "--model_name_or_path", path, "--data_path", file, "--output_dir", found,
                     "--overwrite", True, *options)  # fmt: skip
