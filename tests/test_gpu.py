@@ -1,6 +1,8 @@
 """What no CPU can check: CUDA's own kernels. Collected only where an NVIDIA GPU is.
 
-python -m pytest tests/test_gpu.py
+    python -m pytest tests/test_gpu.py
+
+benchmarks/gpu.sh measures what is only checked here.
 """
 
 import importlib.util

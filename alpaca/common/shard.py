@@ -1,8 +1,10 @@
 """Which part of a job this process does, where several processes do it together.
 
-generate_instruction.py --shard 0/8 ...              by hand
-torchrun --nproc_per_node=8 generate_instruction.py ...    from RANK and WORLD_SIZE
-sbatch --array=0-7 ...                               from Slurm's SLURM_ARRAY_TASK_* variables
+    generate_instruction.py --shard 0/8 ...                     # by hand
+    torchrun --nproc_per_node=8 generate_instruction.py ...     # from RANK and WORLD_SIZE
+    sbatch --array=0-7 ...                                      # from Slurm's SLURM_ARRAY_TASK_* variables
+
+Parts are counted from 0.
 """
 
 import dataclasses

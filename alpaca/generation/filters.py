@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Sequence
 
 from alpaca.common.errors import UserError
 from alpaca.generation.rouge import unicode_tokens
@@ -70,12 +71,12 @@ _NEXT_HEADER = re.compile(
 )
 
 
-def find_word_in_string(w, s):
+def find_word_in_string(w: str, s: str) -> re.Match | None:
     """The first whole-word match of `w` in `s`, whatever the case, or None. `w` may be several words."""
     return re.search(rf"\b{re.escape(w)}\b", s, flags=re.IGNORECASE)
 
 
-def instruction_problem(text, any_language=False):
+def instruction_problem(text: str, any_language: bool = False) -> str | None:
     """Why the original's filters refuse this instruction, or None when it may stay.
 
     The checks and their order are those of Stanford Alpaca: more than 3 and at most 150 words, no word that asks for
@@ -83,10 +84,7 @@ def instruction_problem(text, any_language=False):
     non-ASCII character at the start. `any_language=True` leaves out the last one and counts the characters of scripts
     written without spaces as words, so that Chinese, Japanese or Thai instructions can pass.
     """
-    if any_language:
-        words = len(unicode_tokens(text))
-    else:
-        words = len(text.split())
+    words = len(unicode_tokens(text) if any_language else text.split())
     if words < MIN_WORDS:
         return f"fewer than {MIN_WORDS} words"
     if words > MAX_WORDS:
@@ -102,7 +100,7 @@ def instruction_problem(text, any_language=False):
     return None
 
 
-def check_seeds(instructions, any_language):
+def check_seeds(instructions: Sequence[str], any_language: bool) -> None:
     """Raises UserError where the filters or the comparison need any_language=True for tasks such as these; prints a
     note where they refuse some of them for another reason."""
     refused = [(text, problem) for text in instructions if (problem := instruction_problem(text, any_language))]
@@ -121,7 +119,7 @@ def check_seeds(instructions, any_language):
         print(f"note: the filters refuse {len(refused)} of {len(instructions)} seeds, the first: {refused[0][1]}.")
 
 
-def is_no_input(text):
+def is_no_input(text: str) -> bool:
     """True where an input field holds only a way to say that there is no input: "<noinput>", "No Input.", "N/A", ...
 
     An empty text is not a marker: it is already the right way to say so.
@@ -132,22 +130,22 @@ def is_no_input(text):
     return _NO_INPUT.fullmatch(core) is not None
 
 
-def normalize_input(text):
+def normalize_input(text: str) -> str:
     """The input as it belongs into the data: outer white space removed, a no-input marker turned into ""."""
     return "" if is_no_input(text) else text.strip()
 
 
-def find_task_header(text):
+def find_task_header(text: str) -> re.Match | None:
     """The match where a line of `text` begins a new task ("7. Instruction: ..."), or None."""
     return _NEXT_HEADER.search(text)
 
 
-def contains_task_header(text):
+def contains_task_header(text: str) -> bool:
     """True where `text` holds the beginning of a new task: the row has swallowed the one after it."""
     return find_task_header(text) is not None
 
 
-def output_problem(instruction, output):
+def output_problem(instruction: str, output: str) -> str | None:
     """Why this output cannot stay, or None: empty, a stand-in for an answer, a refusal, or a following task inside it.
 
     "None" or "N/A" alone is an answer, not a stand-in, where the instruction offers that word.

@@ -1,7 +1,9 @@
 """Kills a generation run with SIGKILL at random moments, again and again, and checks that nothing is lost or doubled.
 
-python tests/kill_generate.py --kills 200            # about ten minutes
-python tests/kill_generate.py --kills 5              # one minute
+    python tests/generation/kill_generate.py --kills 200            # about ten minutes
+    python tests/generation/kill_generate.py --kills 5              # one minute
+
+The test suite runs a few kills.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from alpaca.common.files import jload
 def test_sigkill_at_random_moments(tmp_path):
     """Every reply that the server finished is in the journal once, and the files are the journal's rebuild.
 
-    A short form of `python tests/kill_generate.py --kills 200`.
+    A short form of `python tests/generation/kill_generate.py --kills 200`.
     """
     figures = kill_generate.kill_and_check(6, tmp_path, seed=1)
     assert figures["rows kept"] > 0 and figures["replies in the journal"] > 20

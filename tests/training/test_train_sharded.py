@@ -1,6 +1,7 @@
 """The same job done in every way: one process, DDP, FSDP2, ZeRO-3, padded or not; equal losses, smaller shards.
 
-`python tests/test_train_sharded.py` writes golden_losses.json anew, after a change that is meant to change losses.
+`python tests/training/test_train_sharded.py` writes golden_losses.json anew, after a change
+that is meant to change losses.
 """
 
 import json

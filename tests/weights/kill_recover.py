@@ -1,6 +1,6 @@
 """Kills `weight_diff.py recover` at random moments and shows that nothing false is left and that a rerun finishes.
 
-    python tests/kill_recover.py --kills 30
+    python tests/weights/kill_recover.py --kills 30
 
 Each round starts recover as a process, SIGKILLs it after a random share of the time that a whole run takes, and asserts
 that no folder stands at --path_tuned, or a whole one. Now and then a run is let through: it goes on from what the kills
