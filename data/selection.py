@@ -10,7 +10,7 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 NUMBER_WORDS = {
@@ -25,7 +25,9 @@ def row_problem(row: Mapping[str, str]) -> str | None:
     instruction, given, output = row["instruction"], row["input"], row["output"]
     checks = (
         speaks_as_a_model(output),
+        asks_back(output),
         input_problem(instruction, given),
+        asks_the_reader(instruction, given),
         loop(instruction, output),
         code_problem(output),
         wrong_sum(FENCE.sub("", output)),
@@ -45,8 +47,20 @@ def speaks_as_a_model(output: str) -> str | None:
     return "speaks as a model" if spoken else None
 
 
+_ASKS_BACK = re.compile(
+    r"(?i)^(?:sure|certainly|of course|(?:i'm |i am )?sorry|unfortunately|i (?:need|don't|do not)|please|could you|"
+    r"to \w+ (?:the|this|your|you))\b[^\n]{0,160}?\b(?:provide me|please provide|provide more|share|specify|"
+    r"(?:more|enough|further|additional) (?:\w+ )?(?:information|context|details?))\b"
+)
+
+
+def asks_back(output: str) -> str | None:
+    """An answer that begins by asking for what the task should have held. The task cannot be answered, or was not."""
+    return "asks for more" if _ASKS_BACK.search(output) and len(output.split()) < 80 else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# The material that a task speaks of.
+# What a task speaks of.
 
 _MATERIAL = (
     r"(?:text|sentences?|paragraph|passage|article|code|function|snippet|list|numbers|table|data|email|message|letter|"
@@ -66,12 +80,36 @@ def input_problem(instruction: str, given: str) -> str | None:
     return "its input is missing" if pointed and not own else None
 
 
+_QUESTION = r"^(?:(?:can|could) you tell me|what|which|who|where|when|how|do|does|did|are|is|have|has)\b"
+_LIFE = (
+    r"(?:name|age|country|city|town|home|house|family|friends?|parents|phone|job|car|school|class|teacher|boss|"
+    r"(?:living |bed|class)?room|kitchen|fridge|refrigerator|drawer|closet|desk|day|birthday|hobby|hobbies|pet|dog|cat|"
+    r"grocery list|favou?rite|neighbou?rhood|area|opinion)"
+)
+_ASKS_THE_READER = re.compile(
+    rf"(?i){_QUESTION}[^.?]*\byour (?:\w+ )?{_LIFE}\b[^.]*\?$|"
+    rf"{_QUESTION}[^.?]*\b(?:do|did|are|were|have) you (?:like|have|own|live|prefer|born|going|wear|doing|usually)\b"
+)
+_HERE_AND_NOW = re.compile(
+    rf"(?i){_QUESTION}[^.?:\"]*\b(?:in|on|of|is|are|does|do) (?:this|these) (?!two|three|year|month|week|century|case)"
+    rf"[a-z]+\b[^.:\"]*\?$|{_QUESTION}[^.?:\"]*\b(?:today|right now|at the moment)\?$"
+)
+
+
+def asks_the_reader(instruction: str, given: str) -> str | None:
+    """A question about the life of the one who answers, about a thing that nobody sees, or about today."""
+    if given or not (_ASKS_THE_READER.search(instruction) or _HERE_AND_NOW.search(instruction)):
+        return None
+    return "asks for a private or a passing fact"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Loops.
 
 
 def loop(instruction: str, output: str) -> str | None:
-    """Text that goes round: a line four times, a run of eight words three times, one word six times on end."""
+    """Text that goes round: a line four times, a run of eight words three times, one word six times on end, a list
+    whose points come again."""
     if re.search(r"(?i)\b(?:poem|song|lyrics|chorus|rap|chant|villanelle|repeat\w*)\b", instruction):
         return None
     lines = [line.strip().lower() for line in output.splitlines() if not line.strip().startswith("|")]
@@ -80,8 +118,18 @@ def loop(instruction: str, output: str) -> str | None:
         max(Counter(line for line in lines if len(line.split()) >= 3).values(), default=0) >= 4
         or max(Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7)).values(), default=0) >= 3
         or re.search(r"(?i)\b([a-z]+)(?:\W+\1\b){5}", output)
+        or (
+            re.match(r"(?i)(?:please )?(?:list|name|give|suggest|write a list|create a list|provide)\b", instruction)
+            and _repeated_points(lines)
+        )
     )
     return "repeats itself" if repeats else None
+
+
+def _repeated_points(lines: Sequence[str]) -> bool:
+    """Whether a list of five points or more has a fifth of its points twice."""
+    points = [found[1] for line in lines if (found := re.fullmatch(r"(?:\d+[.)]|[-*•])\s+(.{3,})", line))]
+    return len(points) >= 5 and 5 * (len(points) - len(set(points))) >= len(points)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

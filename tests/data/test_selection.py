@@ -37,6 +37,11 @@ def test_no_row_of_the_project_is_rejected():
         ("repeats itself", "Describe a river.", "", "It flows to the sea and it never stops at all. " * 4),
         ("speaks as a model", "What is your favourite colour?", "", "As an AI language model, I have none."),
         ("its input is missing", "Summarize the following article.", "", "It is about bees."),
+        ("asks for more", "Fill the table with the names.", "", "Sure, I can help. Please provide me with the names."),
+        ("asks for more", "Name the film.", "", "I'm sorry, but I don't have enough information to name it."),
+        ("asks for a private or a passing fact", "What is the name of your school?", "", "Hill School."),
+        ("asks for a private or a passing fact", "Which color is this shirt? White or blue?", "", "White."),
+        ("repeats itself", "List five herbs.", "", "1. Mint\n2. Sage\n3. Mint\n4. Dill\n5. Mint"),
     ],
 )  # fmt: skip
 def test_a_planted_fault_is_named(problem, instruction, given, output):
