@@ -81,6 +81,8 @@ def bench(
     data_path: str,
     sizes: str = "10000,100000",
     harvests: str = "",
+    commands: str = "dedup,check",
+    similarity_figures: str = "False,True",
     candidates: int = 200,
     plain_candidates: int = 3,
     processes: int = 16,
@@ -94,6 +96,8 @@ def bench(
         data_path: a data set; its instructions are the pool, and what made-up ones are built from.
         sizes: rows of made-up files to deduplicate, comma-separated.
         harvests: tasks to keep of made-up replies, comma-separated; with figures 1000000 take an hour or two.
+        commands: which commands run over the made-up files.
+        similarity_figures: which kinds of harvests are measured.
         candidates: how many candidates RougeLIndex and rapidfuzz score.
         plain_candidates: how many candidates rouge_score scores, at one to two seconds each for 52,002 instructions.
         processes: processes of the original's pool, which it starts anew for each candidate.
@@ -109,10 +113,10 @@ def bench(
     lines += against_the_pool(texts, candidates, plain_candidates, processes)
     lines += ["", "## Whole files (exact: F1 above 0.7 with an earlier row that stays)", ""]
     with tempfile.TemporaryDirectory() as folder:
-        lines += whole_files(data_path, Path(folder), numbers(sizes), samples)
+        lines += whole_files(data_path, Path(folder), numbers(sizes), samples, commands.split(","))
         if harvests:
             lines += ["", "## Harvests of a journal (`rebuild`)", ""]
-            lines += measured_harvests(data_path, Path(folder), numbers(harvests))
+            lines += measured_harvests(data_path, Path(folder), numbers(harvests), similarity_figures.split(","))
     lines += ["", f"Load averages at the end, other programs' work included: {os.getloadavg()}"]
     table = "\n".join(lines) + "\n"
     print(table)
@@ -214,7 +218,7 @@ def figures(run: dict[str, float]) -> str:
     return f"{run['seconds']:,.1f} | {run['cpu_seconds']:,.1f} | {run['gigabytes']:.2f}"
 
 
-def whole_files(data_path: str, folder: Path, sizes: list[int], samples: int) -> list[str]:
+def whole_files(data_path: str, folder: Path, sizes: list[int], samples: int, commands: list[str]) -> list[str]:
     """Table lines for `check` and `dedup` of the file itself and of made-up ones."""
     tasks = load_tasks(data_path)
     evaluation = folder / "evaluation.jsonl"
@@ -229,7 +233,7 @@ def whole_files(data_path: str, folder: Path, sizes: list[int], samples: int) ->
     for size in sizes:
         rows, unique = folder / "rows.jsonl", folder / "unique.jsonl"
         subprocess.run([sys.executable, __file__, "make_rows", data_path, str(size), str(rows)], check=True)
-        for command in ("dedup", "check"):
+        for command in commands:
             more = ["--output", unique, "--overwrite", "True"] if command == "dedup" else []
             run = measured("generate_instruction.py", command, rows, *more)
             growth = ""
@@ -274,7 +278,7 @@ def compare_with_brute_force(path: Path, kept: np.ndarray, samples: int) -> None
     assert all(kept[number] != similar[number] for number in texts), "dedup and brute force differ"
 
 
-def measured_harvests(data_path: str, folder: Path, targets: list[int]) -> list[str]:
+def measured_harvests(data_path: str, folder: Path, targets: list[int], figures_wanted: list[str]) -> list[str]:
     """Table lines for journals of made-up replies."""
     lines = [
         "| tasks kept | similarity figures | seconds | CPU seconds | peak memory, GB |",
@@ -284,7 +288,7 @@ def measured_harvests(data_path: str, folder: Path, targets: list[int]) -> list[
         shutil.rmtree(folder / "run", ignore_errors=True)
         make = [sys.executable, __file__, "make_journal", data_path, str(target), str(folder / "run")]
         subprocess.run(make, check=True)
-        for wanted in ("False", "True"):
+        for wanted in figures_wanted:
             run = measured("generate_instruction.py", "rebuild", folder / "run", "--similarity_figures", wanted)
             kept = sum(1 for _ in iter_rows(folder / "run" / "alpaca_data.json"))
             lines.append(f"| {kept:,} | {'yes' if wanted == 'True' else 'no'} | {figures(run)} |")
