@@ -1,19 +1,20 @@
-"""All pairs of token sequences whose ROUGE-L F1 exceeds a threshold: exact, in about linear time, on all cores.
+"""All pairs of token sequences whose ROUGE-L F1 exceeds a threshold: exact, without comparing all, on all cores.
 
-python generate_instruction.py dedup FILE.jsonl --output UNIQUE.jsonl            # ten million rows: minutes
+python generate_instruction.py dedup FILE.jsonl --output UNIQUE.jsonl            # ten million: half an hour
 python benchmarks/bench_dedup.py --data_path alpaca_data.json --sizes 1000       # one minute
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from rapidfuzz import process
@@ -30,6 +31,7 @@ CODE_POINTS = 0x110000  # token numbers below this fit a character of a string
 _MOST_SUBSETS = 4096  # signatures of one sequence
 _MANY = 200_000  # sequences from which on signatures of three tokens pay
 ROW = 0xFFFFFFFF  # the right row of a packed pair
+NO_ROW = 2**31 - 1
 
 
 def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.ndarray) -> np.ndarray:
@@ -183,28 +185,52 @@ class PairSearch:
         Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
         TooManyMatches where there are more than `most`, or would be by what a sample shows.
         """
-        sides = [rows] if others is None else [rows, others]
-        k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
         found, more = np.empty(0, np.int64), []
+        sides = [rows] if others is None else [rows, others]
+        compare = functools.partial(self._matches, len(sides) == 2, most)
+        with contextlib.closing(self._compared(sides, compare)) as compared:
+            for matches in compared:
+                more.append(matches)
+                # A pair shares many signatures. It is held once.
+                if sum(map(len, more)) > max(len(found), _CHUNK):
+                    found, more = distinct(np.concatenate([found, *more])), []
+                if len(found) > most:
+                    raise TooManyMatches
+        return distinct(np.concatenate([found, *more]))
+
+    def first_partners(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """The first of `rows` above the threshold with each of `others`, which have none in common with `rows`: int32,
+        as long as `others`, -1 where there is none. Pairs are neither held nor compared once a lower row is found."""
+        first, lock = np.full(len(self.sequences), NO_ROW, np.int32), threading.Lock()
+
+        def compare(signatures: "_Signatures", part: IO[bytes]) -> None:
+            for pairs, _ in signatures.candidates(part, between=True):
+                pairs = pairs[pairs >> 32 < first[pairs & ROW]]
+                pairs = pairs[self._may_match(pairs)]
+                pairs = pairs[self.sequences.f1(pairs) > self.threshold]
+                with lock:
+                    np.minimum.at(first, pairs & ROW, (pairs >> 32).astype(np.int32))
+
+        for _ in self._compared([rows, others], compare):
+            pass
+        return np.where(first[others] < NO_ROW, first[others], -1)
+
+    def _compared(
+        self, sides: Sequence[np.ndarray], compare: Callable[["_Signatures", IO[bytes]], Any]
+    ) -> Generator[Any, None, None]:
+        """What `compare` returns for each part of the sides' signatures."""
+        k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
         with ThreadPoolExecutor(CORES) as threads:
             for k in range(1, 4):
                 eligible = self.possible & (k_of == k)
                 if eligible.any():
                     signatures = _Signatures(self, k, eligible)
                     parts = signatures.write(sides, threads)
-                    compare = functools.partial(self._matches, signatures, len(sides) == 2, most)
                     try:
-                        for matches in threads.map(compare, parts):
-                            more.append(matches)
-                            # A pair shares many signatures. It is held once.
-                            if sum(map(len, more)) > max(len(found), _CHUNK):
-                                found, more = distinct(np.concatenate([found, *more])), []
-                            if len(found) > most:
-                                raise TooManyMatches
+                        yield from threads.map(functools.partial(compare, signatures), parts)
                     finally:  # those that nobody read would keep their space on the disk
                         for part in parts:
                             part.close()
-        return distinct(np.concatenate([found, *more]))
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
         """k for each distinct length of the shorter text, as far as the longest partner's prefix has few k-subsets."""
@@ -214,7 +240,7 @@ class PairSearch:
             k_of[[math.comb(int(prefix), k) <= _MOST_SUBSETS for prefix in excess + k]] = k
         return k_of
 
-    def _matches(self, signatures: "_Signatures", between: bool, most: float, part: IO[bytes]) -> np.ndarray:
+    def _matches(self, between: bool, most: float, signatures: "_Signatures", part: IO[bytes]) -> np.ndarray:
         """The pairs above the threshold that share a signature of this part."""
         found, number = [np.empty(0, np.int64)], 0
         for pairs, share in signatures.candidates(part, between):

@@ -378,7 +378,7 @@ def first_repeats(
         # What repeats the first half goes before the second half is compared with itself. A file of near copies
         # shrinks to little at once, and no list of all its pairs ever exists.
         first, second = keep(rows[: len(rows) // 2]), rows[len(rows) // 2 :]
-        drop(search.pairs(first, second))
+        repeated[second] = np.where(repeated[second] < 0, search.first_partners(first, second), repeated[second])
         return np.concatenate([first, keep(stay(second))])
 
     copies = sequences.first_copies(rows)
