@@ -81,7 +81,7 @@ def answer(
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
     if api not in ("chat", "completions"):
         raise UserError(f"--api must be chat or completions, found {api!r}.")
-    if min(batch_size, max_concurrency, limit or 1) < 1:
+    if min(batch_size, max_concurrency, 1 if limit is None else limit) < 1:
         raise UserError("--batch_size, --max_concurrency and --limit must be at least 1.")
     if model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("one process asks a server, --max_concurrency requests at a time: leave out torchrun.")
@@ -167,7 +167,7 @@ def judge(
     """
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
-    if min(max_concurrency, max_tokens, limit or 1) < 1:
+    if min(max_concurrency, max_tokens, 1 if limit is None else limit) < 1:
         raise UserError("--max_concurrency, --max_tokens and --limit must be at least 1.")
     pairs, left_out = pair_answers(load_answers(answers_1, name_1), load_answers(answers_2, name_2))
     if not pairs:
@@ -316,7 +316,7 @@ def loss(
     sampling = Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
-    if min(batch_size, limit or 1, max_length, max_new_tokens) < 1:
+    if min(batch_size, 1 if limit is None else limit, max_length, max_new_tokens) < 1:
         raise UserError("--batch_size, --limit, --max_length and --max_new_tokens must be at least 1.")
     models = {"base": (base, None)} if base else {}
     models["tuned" if base else "model"] = model_name_or_path, adapter

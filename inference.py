@@ -162,7 +162,8 @@ def serve(
     if needs_merge and merged_dir is None:
         raise UserError(f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one.")
     if needs_merge:
-        refuse_existing(merged_dir)
+        way_out = f"Serve it with --model_name_or_path {merged_dir}, or choose another --merged_dir."
+        refuse_existing(merged_dir, way_out=way_out)
 
     from alpaca.answers import openai_server
 

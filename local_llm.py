@@ -58,7 +58,7 @@ def serve(
         threads: default: the cores that this process may use.
         ready_file: a file that gets the base URL once it answers, and is removed at the end; for scripts.
     """
-    if min(parallel, context, threads or 1) < 1:
+    if min(parallel, context, 1 if threads is None else threads) < 1:
         raise UserError("--parallel, --context and --threads must be at least 1.")
     path = find_gguf(gguf)
     port = free_port(port, host) if port else 0

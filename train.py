@@ -73,7 +73,7 @@ def train(argv: list[str] | None = None) -> None:
     from alpaca.training.card import describe
     from alpaca.training.data import describe_example, load_data
     from alpaca.training.hub import HubRepository
-    from alpaca.training.memory import memory_estimate, memory_table
+    from alpaca.training.memory import memory_estimate, memory_table, saved_itemsize
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
     from alpaca.training.report import dataset_statistics
     from alpaca.training.saving import save
@@ -110,8 +110,9 @@ def train(argv: list[str] | None = None) -> None:
     hub = HubRepository(args, say)
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         parameters = empty_model(config).num_parameters()
-        adapters = model_args.lora_r or model_args.qlora
-        say(check_disk(args, parameters, parameters // 100 if adapters else parameters, len(train_set)))
+        trained = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
+        final = (parameters if model_args.merge_lora else trained) * saved_itemsize(config, args)
+        say(check_disk(args, final, trained, len(train_set)))
         # A checkpoint in there that the run goes on from is not given up.
         goes_on = resume and is_inside(resume, args.output_dir)
         if args.overwrite and args.should_save and not goes_on:
@@ -142,7 +143,7 @@ def clear_result(output_dir: str) -> None:
     """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
-    weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "config.json", "Modelfile")
+    weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "*config.json", "Modelfile")
     for pattern in (*weights, "train_log.jsonl", "sample_answers.jsonl"):
         for file in Path(output_dir).glob(pattern):
             file.unlink()

@@ -71,7 +71,8 @@ def make_diff(
         written = make_shards(raw, tuned, entries, headers, work)
         travels = folders.copy_small_files(tuned_folder, work, base, whole)
         folders.write_index(work, headers)
-        small = [path for path in sorted(work.iterdir()) if path.name not in {*written, "run.json"}]
+        # The card is the publisher's to edit.
+        small = [path for path in sorted(work.iterdir()) if path.name not in {*written, "run.json", "README.md"}]
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

@@ -35,16 +35,18 @@ class AnswerJob:
     def settings(self) -> dict[str, Any]:
         """What decides the answers."""
         return {
-            "model": self.model, "adapter": self.adapter, "weights": weights_identity(self.model),
+            "model": self.model, "adapter": self.adapter, "weights": weights_identity(self.model, self.adapter),
             "tasks": tasks_digest(self.tasks), "rows": len(self.tasks), "dtype": self.dtype,
             **dataclasses.asdict(self.sampling),
         }  # fmt: skip
 
 
-def weights_identity(path: str) -> dict[str, Any]:
-    """Size and time of a checkpoint's weight files: answers of another checkpoint under the same name are not mixed."""
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+def weights_identity(*paths: str | None) -> dict[str, Any]:
+    """Size and time of the weight files: answers of another checkpoint under the same name are not mixed."""
+    files: list[Path] = []
+    for path in map(Path, filter(None, paths)):
+        files += [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def write_answers(

@@ -96,7 +96,8 @@ def display_names(paths: Sequence[str]) -> list[str]:
     else:
         names = [f"{'/'.join(part[-2:])} ({number})" for number, part in enumerate(parts, start=1)]
     return [
-        "SmolLM2-135M-Instruct" + name[len("embedded") :] if name.startswith("embedded") else name for name in names
+        "SmolLM2-135M-Instruct" + name[len("embedded") :] if path == "embedded" else name
+        for path, name in zip(paths, names, strict=True)
     ]
 
 

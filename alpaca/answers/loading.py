@@ -35,8 +35,8 @@ def load_model(path: str, device: str | None = None, dtype: str | None = None, a
     if not sys.stderr.isatty():  # no loading bars in log files and pipes
         transformers.utils.logging.disable_progress_bar()
     path, adapter = check_model(path, adapter)
-    if device is None:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device in (None, "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else device or "cpu"
     torch_dtype = getattr(torch, dtype, None) if dtype else None
     if dtype and not isinstance(torch_dtype, torch.dtype):
         raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")

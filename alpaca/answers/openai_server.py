@@ -14,15 +14,19 @@ from transformers.cli.serve import Serve
 from transformers.cli.serving import server as transformers_server
 
 from alpaca.answers.loading import load_model
-from alpaca.common.files import atomic_dir
+from alpaca.common.files import atomic_dir, usual_rights
 
 
 def write_full_checkpoint(path: str, adapter: str | None, dtype: str | None, folder: str) -> None:
     """Writes an adapter on its base, or a GGUF file, as a checkpoint that servers take."""
     with atomic_dir(folder) as beside:
         model, tokenizer = load_model(path, "cpu", dtype, adapter)
+        if dtype is None:  # a float16 checkpoint answers in float32 on a CPU, and is written as it was
+            model = model.to(model.config.dtype)
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        for file in beside.iterdir():
+            usual_rights(file)
 
 
 def serve_with_vllm(path: str, port: int, dtype: str | None) -> None:

@@ -53,7 +53,7 @@ def pair_answers(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[di
     for row in second:
         waiting[task_key(row)].append(row)
     tasks_1, tasks_2, pairs, left_out = {task_key(row) for row in first}, set(waiting), [], collections.Counter()
-    for row in first:
+    for number, row in enumerate(first):
         if not waiting[task_key(row)]:
             left_out["repeated" if task_key(row) in tasks_2 else "only_in_1"] += 1
             continue
@@ -65,6 +65,7 @@ def pair_answers(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[di
             "output_2": other["answer"],
             "generator_1": row["generator"],
             "generator_2": other["generator"],
+            "index": row.get("index", number),  # pairs that get no verdict leave gaps
         }
         extra = {"id": row.get("id") or other.get("id"), "category": category_of(row) or category_of(other)}
         pairs.append(pair | {name: value for name, value in extra.items() if value})

@@ -183,7 +183,7 @@ def modernise(pairs: list[tuple[str, list[str]]], processes: int, notes: list[st
             notes.append(f'--fsdp "{value}" is now --fsdp True{shown}')
             modern.append(("fsdp", ["True"]))
         elif name == "fsdp" and not value:
-            continue  # --fsdp "" was the way to say no
+            modern.append(("fsdp", ["False" if values else "True"]))  # --fsdp "" was the way to say no
         elif name == "fsdp_transformer_layer_cls_to_wrap":
             notes.append(
                 f"--fsdp_transformer_layer_cls_to_wrap {value} is found from the model; to override it: "

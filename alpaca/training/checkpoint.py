@@ -89,6 +89,11 @@ def checkpoint_to_resume(asked: str | None, output_dir: str, say=print) -> str |
                 f"--resume_from_checkpoint {asked} cannot be trusted:\n  " + "\n  ".join(damage[:5])
                 + "\nTry --resume_from_checkpoint auto, which takes the newest complete one."
             )  # fmt: skip
+        if _facts(asked).get("kind", "checkpoint") != "checkpoint":
+            raise UserError(
+                f"--resume_from_checkpoint {asked} is a finished result without an optimizer's state. Go on from "
+                "one of its checkpoint-N folders, or train it anew with --model_name_or_path."
+            )
         return asked
     broken = []
     for folder in checkpoints(output_dir):
@@ -105,6 +110,11 @@ def checkpoint_to_resume(asked: str | None, output_dir: str, say=print) -> str |
     return None
 
 
+def _facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """What the seal of an intact folder says besides its files."""
+    return json.loads((Path(folder) / SEAL).read_text(encoding="utf-8"))
+
+
 def rows_per_step(args: Any) -> int:
     """Rows of one optimizer step over all processes and micro-batches."""
     return args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -112,7 +122,7 @@ def rows_per_step(args: Any) -> int:
 
 def changed_batch(folder: str, args: Any) -> str | None:
     """A sentence where the run of a checkpoint took other rows a step than `args` do; None where it is not known."""
-    then, now = json.loads((Path(folder) / SEAL).read_text(encoding="utf-8")).get("rows_per_step"), rows_per_step(args)
+    then, now = _facts(folder).get("rows_per_step"), rows_per_step(args)
     if then in (None, now):
         return None
     return (
@@ -137,18 +147,17 @@ def rotate(output_dir: str | os.PathLike, keep: int | None, best: str | None = N
 # Disk space.
 
 
-def check_disk(args: Any, parameters: int, trainable: int, rows: int) -> str:
+def check_disk(args: Any, final: int, trainable: int, rows: int) -> str:
     """Says how much disk the run of TrainingArguments `args` needs; raises UserError where less is free.
 
-    `parameters`: of the model; `trainable`: those with optimizer state (a float32 weight and two Adam moments);
+    `final`: bytes of the result; `trainable`: parameters with optimizer state (a float32 weight and two Adam moments);
     `rows`: of the training data.
     """
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / rows_per_step(args) * args.num_train_epochs)
     steps_per_save = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     saves = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}
     saves = saves.get(str(args.save_strategy.value), math.ceil(steps / steps_per_save))
-    save_bytes, keep, output_dir = 4 if args.save_dtype == "float32" else 2, args.save_total_limit, args.output_dir
-    final = parameters * save_bytes
+    keep, output_dir = args.save_total_limit, args.output_dir
     # One more than is kept: the old one goes only when the new one is sealed.
     held = min(saves, keep + 1) if keep else saves
     each = 12 * trainable

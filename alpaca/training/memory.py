@@ -84,8 +84,7 @@ def memory_estimate(
         table.append((part, 0.0, size / GB) if part in on_host else (part, size / GB, 0.0))
     table += [(part, size / GB, 0.0) for part, size in live.items() if size]
     loading = weights["all"] * torch.empty(0, dtype=_weight_dtype(config, model_args)).element_size()
-    base = (config.dtype or torch.float32).itemsize
-    saved = base if args.save_dtype == "auto" else getattr(torch, args.save_dtype).itemsize
+    saved = saved_itemsize(config, args)
     # The gathered weights, the model that is opened again, and one layer and the ends of it in float32.
     checking = 2 * weights["all"] * saved + 4 * (weights["layer"] + weights["outside"])
     if adapters and not model_args.merge_lora:
@@ -93,6 +92,11 @@ def memory_estimate(
     if shards > 1:
         table.append(("while loading, first process only", 0.0, loading / GB))
     return [*table, ("final check, first process only", 0.0, checking / GB)]
+
+
+def saved_itemsize(config: Any, args: Any) -> int:
+    """Bytes of a weight in the saved model."""
+    return ((config.dtype or torch.float32) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)).itemsize
 
 
 def memory_table(estimate: list[tuple[str, float, float]]) -> str:

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
 )
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
@@ -173,6 +174,7 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
             )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"--model_name_or_path {name} cannot be loaded: {first_line(error)}") from error
+        drop_refused_sampling(loaded, say)
         new = smart_tokenizer_and_embedding_resize(special, tokenizer, loaded, multiple)
         if new:
             rows = loaded.get_input_embeddings().weight.shape[0]
@@ -197,6 +199,19 @@ def load_model(model_args: Any, training_args: Any, tokenizer: Any, say=print) -
             model = AutoModelForCausalLM.from_config(empty_config(), dtype=dtype)
         model.tie_weights()
     return with_adapters(model, model_args, args, say) if adapters else model
+
+
+def drop_refused_sampling(model: Any, say=print) -> None:
+    """Leaves only the tokens in generation settings that transformers reads and refuses to write (a temperature without
+    do_sample, for example), which would otherwise end the run when it saves."""
+    settings = model.generation_config
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError as error:
+        tokens = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**tokens)
+        say(f"note: the base's generation settings are left out, since they cannot be saved: {first_line(error)}")
 
 
 def zero3_model(full_model, empty_config, args: Any) -> Any:

@@ -100,6 +100,7 @@ class ReportCallback(TrainerCallback):
         now = time.monotonic()
         seconds, steps = now - self.since, state.global_step - self.last_step
         self.interval, self.since, self.last_step = [0, 0, 0], now, state.global_step
+        self.step_ended = now
         for name, value in {"tokens": real, "places": places, "seconds": seconds, "steps": steps}.items():
             self.totals[name] += value
         logs["seconds_per_step"] = round(seconds / max(steps, 1), 4)

@@ -40,7 +40,7 @@ def find_model(path: str | os.PathLike) -> Path:
         held = sorted(p.name for p in folder.parent.glob("*/")) if folder.parent.is_dir() else []
         near = f" {folder.parent} holds: {', '.join(held[:8])}." if held else ""
         raise UserError(f"no folder {path}.{did_you_mean(folder.name, held)}{near}")
-    small = [f"*{suffix}" for suffix in TRAVELLING]
+    small = [*(f"*{suffix}" for suffix in (*TRAVELLING, ".md")), "LICENSE*", "NOTICE*"]
     try:
         for weights in (["*.safetensors", f"{MANIFEST}.sha256"], ["pytorch_model*.bin"]):
             found = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=[*small, *weights]))

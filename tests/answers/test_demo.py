@@ -532,6 +532,8 @@ def test_the_page_tells_where_a_model_is_from(tmp_path):
 def test_models_of_the_same_name_are_told_apart(paths, names):
     """Two checkpoints of the same last two folders had the same heading."""
     assert display_names(paths) == names
+    assert display_names(["runs/embedded_tuned"]) == ["runs/embedded_tuned"]
+    assert display_names(["embedded_tuned"]) == ["embedded_tuned"]
 
 
 def test_flags_are_checked_before_a_model_is_loaded(run_script, tmp_path):

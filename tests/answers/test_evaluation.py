@@ -247,6 +247,9 @@ def test_missing_partners_and_repeated_tasks_are_counted_apart():
     found, left_out = pairs.pair_answers(answers("a", "b", "b", "b", "c"), answers("b", "d", "b", "a", "a", "e"))
     assert [(pair["output_1"], pair["output_2"]) for pair in found] == [("a0", "a3"), ("b1", "b0"), ("b2", "b2")]
     assert left_out == {"only_in_1": 1, "only_in_2": 2, "repeated": 2}
+    # AlpacaEval's difficulty of an instruction is found by its place in the first file, whatever was left out.
+    (pair,), _ = pairs.pair_answers(answers("z", "a"), answers("a"))
+    assert pair["index"] == 1
 
 
 def test_files_that_cannot_be_compared(two_files, run_script, tmp_path):

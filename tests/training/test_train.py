@@ -83,6 +83,26 @@ def test_rows_up_to_a_multiple(tiny_llama):
     assert model.lm_head.weight.shape[0] == 832 and model.lm_head.weight.isfinite().all()
 
 
+def test_generation_settings_that_cannot_be_saved(tiny_llama, tmp_path):
+    """Guards: a base's temperature without do_sample ended a run in a ValueError when it saved, after all training."""
+    _, model = load(tiny_llama)
+    model.generation_config.temperature, model.generation_config.eos_token_id = 0.6, 2
+    said = []
+    base_model.drop_refused_sampling(model, said.append)
+    assert "generation settings are left out" in said[0] and model.generation_config.eos_token_id == 2
+    model.save_pretrained(tmp_path)
+    base_model.drop_refused_sampling(model, said.append)
+    assert len(said) == 1
+
+
+def test_overwriting_an_adapter_leaves_none_of_it(tmp_path):
+    """Guards: a plain model beside an old adapter_config.json is taken for an adapter by everything that loads it."""
+    for name in ("adapter_config.json", "config.json", "adapter_model.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("{}")
+    train.clear_result(str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 

@@ -254,6 +254,11 @@ def test_old_spellings_after_a_run_file_override_it():
     assert [values for name, values in found if name == "train_sampling_strategy"][-1] == ["random"]
 
 
+def test_fsdp_without_a_value():
+    """Guards: a bare --fsdp was dropped without a word, and an empty one did not switch a run file's off."""
+    assert modern("--fsdp")[0]["fsdp"] == ["True"] and modern("--fsdp", "")[0]["fsdp"] == ["False"]
+
+
 def test_one_process_needs_no_sharding():
     """Guards: the 2023 command with one process raised "fsdp only works in distributed training"."""
     pairs, notes, _ = modern("--fsdp", "full_shard auto_wrap", processes=1)

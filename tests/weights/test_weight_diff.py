@@ -282,6 +282,37 @@ def test_hub_names(tmp_path, models, monkeypatch):
     assert json.loads((tmp_path / "diff" / weight_diff.MANIFEST).read_text())["raw"]["name"] == "someone/base"
 
 
+def test_a_diff_from_the_hub(tmp_path, models, monkeypatch):
+    """Guards: the card stood in the manifest's list of files, and was neither fetched nor free to be edited: every diff
+    on the Hub was refused as damaged."""
+    import fnmatch
+
+    import huggingface_hub
+
+    base, tuned, _ = models
+    (tmp_path / "tuned").mkdir()
+    for file in [*tuned.iterdir()]:
+        shutil.copy(file, tmp_path / "tuned")
+    for name in ("README.md", "LICENSE", "NOTICE.txt"):
+        (tmp_path / "tuned" / name).write_text(name)
+    weight_diff.make_diff(base, tmp_path / "tuned", tmp_path / "diff")
+    with open(tmp_path / "diff/README.md", "a") as card:
+        card.write("\nAsk us.\n")
+
+    def fetch(name, allow_patterns):
+        fetched = tmp_path / "fetched"
+        fetched.mkdir(exist_ok=True)
+        for file in (tmp_path / "diff").iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    weight_diff.recover(base, "someone/diff", tmp_path / "out")
+    for file in (tmp_path / "tuned").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_incomplete_downloads(tmp_path, models):
     """A shard that is missing or cut short is named before any work."""
     base, tuned, diff = models
