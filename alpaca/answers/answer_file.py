@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from alpaca.answers.answer_journal import AnswerJournal, PartJournal, tasks_digest
-from alpaca.answers.answering import answer_batch, prompt_ids, refuse_long_prompts, room_for_answer
+from alpaca.answers.answering import answer_all
 from alpaca.answers.loading import load_model
 from alpaca.answers.ranks import Ranks, torchrun_ranks
 from alpaca.answers.sampling import Sampling
@@ -94,34 +94,18 @@ def answer_share(
 ) -> dict[str, Any]:
     """Answers this process's rows that are not `done`; `keep` gets the answers by row number, batch by batch."""
     model, tokenizer = load_model(job.model, job.device, job.dtype, job.adapter)
-    prompts = [prompt_ids(tokenizer, task) for task in job.tasks]
-    refuse_long_prompts(model, prompts)
     rows = [row for row in range(ranks.rank, len(job.tasks), ranks.count) if row not in done]
     begin, tokens = time.monotonic(), 0
     with tqdm(total=len(rows), unit="task", disable=True if ranks.rank else None) as bar:
-        for batch in batches(model, prompts, rows, job):
-            try:
-                answers = answer_batch(model, tokenizer, [job.tasks[row] for row in batch], job.sampling, batch)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"the GPU's memory is too small for {len(batch)} tasks at once. The same command with a lower "
-                    "--batch_size goes on; the answers so far are kept."
-                ) from error
-            keep({row: dataclasses.asdict(answer) for row, answer in zip(batch, answers, strict=True)})
-            tokens += sum(answer.tokens for answer in answers)
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
+        try:
+            for answers in answer_all(model, tokenizer, job.tasks, job.sampling, job.batch_size, rows):
+                keep({row: dataclasses.asdict(answer) for row, answer in answers.items()})
+                tokens += sum(answer.tokens for answer in answers.values())
+                bar.update(len(answers))
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s")
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is too small for {job.batch_size} tasks at once. The same command with a lower "
+                "--batch_size goes on; the answers so far are kept."
+            ) from error
     return {"answers": len(rows), "tokens": tokens, "seconds": time.monotonic() - begin}
-
-
-def batches(model, prompts: Sequence[Sequence[int]], rows: Iterable[int], job: AnswerJob) -> list[list[int]]:
-    """The row numbers of each batch.
-
-    Prompts of like length share a batch, the longest first: where memory is short it shows at once. A row whose context
-    ends early goes alone, so that it does not cut its neighbours short.
-    """
-    most = job.sampling.max_new_tokens
-    order = sorted(rows, key=lambda row: -len(prompts[row]))
-    tight = [row for row in order if room_for_answer(model, prompts[row], most) < most]
-    free = [row for row in order if room_for_answer(model, prompts[row], most) == most]
-    return [[row] for row in tight] + [free[i : i + job.batch_size] for i in range(0, len(free), job.batch_size)]

@@ -9,7 +9,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,25 @@ def answer_batch(
         Answer(decode_answer(tokenizer, prompt, new), "stop" if stopped else "length", len(new) + stopped)
         for prompt, (new, stopped) in zip(prompts, rows, strict=True)
     ]
+
+
+def answer_all(
+    model, tokenizer, tasks: Sequence[dict], sampling: Sampling, batch_size: int, rows: Iterable[int] | None = None
+) -> Iterator[dict[int, Answer]]:
+    """Yields the answers to `rows` of `tasks` (default: all) by row number, batch by batch.
+
+    Prompts of like length share a batch, the longest first: where memory is short it shows at once. A row whose context
+    ends early goes alone, so that it does not cut its neighbours short. Raises UserError before the first answer where
+    a prompt of `tasks` leaves no room for one.
+    """
+    prompts, most = [prompt_ids(tokenizer, task) for task in tasks], sampling.max_new_tokens
+    refuse_long_prompts(model, prompts)
+    order = sorted(range(len(tasks)) if rows is None else rows, key=lambda row: -len(prompts[row]))
+    tight = [row for row in order if room_for_answer(model, prompts[row], most) < most]
+    free = [row for row in order if room_for_answer(model, prompts[row], most) == most]
+    for batch in [[row] for row in tight] + [free[i : i + batch_size] for i in range(0, len(free), batch_size)]:
+        answers = answer_batch(model, tokenizer, [tasks[row] for row in batch], sampling, batch)
+        yield dict(zip(batch, answers, strict=True))
 
 
 def generate(

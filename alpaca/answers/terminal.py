@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from alpaca.answers.answering import answer_batch, stream_answer
+from alpaca.answers.answering import answer_all, stream_answer
 from alpaca.answers.loading import load_model
 from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
@@ -49,14 +49,13 @@ def print_answers(
     texts: dict[str, list[str]] = {}
     for name, (path, adapter) in models.items():
         model, tokenizer = load_model(path, device, dtype, adapter)
-        begin, done = time.monotonic(), []
-        for start in range(0, len(tasks), batch_size):
-            rows = range(start, min(start + batch_size, len(tasks)))
-            done += answer_batch(model, tokenizer, [tasks[row] for row in rows], sampling, rows)
-        seconds, tokens = time.monotonic() - begin, sum(answer.tokens for answer in done)
+        begin, done = time.monotonic(), {}
+        for answers in answer_all(model, tokenizer, tasks, sampling, batch_size):
+            done |= answers
+        seconds, tokens = time.monotonic() - begin, sum(answer.tokens for answer in done.values())
         figures = {"answers": len(done), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"{name}: {path}. {rate(figures)}")
-        texts[name] = [answer.text for answer in done]
+        texts[name] = [done[row].text for row in range(len(tasks))]
         del model  # two large models need not fit beside each other
     for row, task in enumerate(tasks):
         print(f"\n[{row + 1}] {task['instruction']}")

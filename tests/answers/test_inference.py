@@ -21,6 +21,7 @@ from conftest import ROOT
 from alpaca.answers.answer_file import AnswerJob, write_answers
 from alpaca.answers.answer_journal import AnswerJournal, PartJournal
 from alpaca.answers.answering import Answer, answer_batch, generate, prompt_ids, room_for_answer, stream_answer
+from alpaca.answers.held_out_loss import rouge_of_answers
 from alpaca.answers.loading import load_model
 from alpaca.answers.model_paths import find_gguf
 from alpaca.answers.sampling import Sampling
@@ -152,6 +153,9 @@ def test_prompts_that_nearly_fill_the_context(loaded, tiny_opt, tmp_path):
     assert not (tmp_path / "long.json").exists()
     with pytest.raises(UserError, match="no room"):
         list(stream_answer(model, tokenizer, tasks[3], Sampling()))
+    # ROUGE-L was measured on answers that a neighbour's long prompt had cut short.
+    found = rouge_of_answers(model, tokenizer, [{**task, "output": "a"} for task in tasks[:3]], Sampling(30))
+    assert found["mean_answer_tokens"] * 3 == pytest.approx(figures["tokens"])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(8), Sampling(8, 0.8, 0.9), Sampling(8, num_beams=2)])
