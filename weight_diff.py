@@ -173,13 +173,13 @@ def verify(path_tuned: str | None = None, path_diff: str | None = None, path_raw
     if manifest is None:
         raise UserError(f"{diff_folder} has no {MANIFEST}, so there is nothing to check against.")
     problems = list(checks.wrong_files(diff_folder, manifest))
-    if not problems:
-        corrections = correction_tensors(diff_folder, manifest)
-        problems += checks.wrong_diff(open_weights(diff_folder), corrections, manifest)
-    if path_raw is not None:
-        problems += checks.wrong_base(open_weights(folders.find_model(path_raw)), manifest)
-    if path_tuned is not None:
-        problems += checks.wrong_tuned(open_weights(folders.find_model(path_tuned)), manifest)
+    diff = None if problems else path_diff  # a damaged header does not say where its tensors lie
+    for check, path in ((checks.wrong_diff, diff), (checks.wrong_base, path_raw), (checks.wrong_tuned, path_tuned)):
+        try:
+            if path is not None:
+                problems += check(open_weights(folders.find_model(path)), manifest)
+        except UserError as error:  # weights that cannot be opened hide no fault of the others
+            problems.append(str(error))
     if problems:
         raise UserError(f"{len(problems)} found wrong:\n" + "\n".join(problems))
     checked = [f"{what} {path}" for what, path in (("base", path_raw), ("tuned model", path_tuned)) if path is not None]

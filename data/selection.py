@@ -9,6 +9,7 @@
 import ast
 import json
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -142,7 +143,7 @@ def code_problem(output: str) -> str | None:
     for language, source in FENCE.findall(output):
         try:
             if language.lower() in ("python", "py", "python3"):
-                ast.parse(re.sub(r"(?m)^(?:>>>|\.\.\.) ?", "", source))
+                ast.parse(textwrap.dedent(re.sub(r"(?m)^(?:>>>|\.\.\.) ?", "", source)))
             elif language.lower() == "json":
                 json.loads(source)
         except (SyntaxError, ValueError):

@@ -148,7 +148,7 @@ TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
 def _as_number(text: str, kind: type) -> str:
     """Says how "52k", "$20" or "1,000" is typed."""
-    found = re.fullmatch(r"[$€£]?\s*([\d,]*\.?\d+)\s*([kKmM]?)", text)
+    found = re.fullmatch(r"[$€£]?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)\s*([kKmM]?)", text)
     if not found:
         return ""
     value = float(found[1].replace(",", "")) * {"": 1, "k": 1e3, "m": 1e6}[found[2].lower()]

@@ -107,10 +107,12 @@ class Journal(contextlib.AbstractContextManager):
         # A lone surrogate in a reply is no reason to lose it.
         data = memoryview(lines.encode("utf-8", errors="backslashreplace"))
         with self._lock:
+            before = os.fstat(self._file).st_size
             try:
                 while data:
                     data = data[os.write(self._file, data) :]
             except OSError as error:
+                os.ftruncate(self._file, before)  # else the next record would be glued to a half one
                 raise UserError(f"{self.path} cannot be written: {error.strerror}") from error
             self.records.extend(records)
 

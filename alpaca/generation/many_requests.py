@@ -40,7 +40,8 @@ class RequestSlots:
         await self._free.acquire()
         if self._error:
             self._free.release()
-            raise self._error
+            # Not the error itself: a KeyboardInterrupt in a task would end the event loop, and the requests under way.
+            raise asyncio.CancelledError
 
     async def __aexit__(self, kind, error, trace) -> None:
         self._free.release()

@@ -33,6 +33,9 @@ def join_shards(folders: Sequence[Path], **changes: Any) -> Harvest:
     changes: settings that are not to be the shards'. Raises UserError where the folders are no shards of one run.
     """
     journals = {folder: read_records(folder / "responses.jsonl") for folder in folders}
+    journals = {folder: records for folder, records in journals.items() if run_records(records)}  # others just began
+    if not journals:
+        raise UserError(f"no shard of {', '.join(map(str, folders))} has begun.")
     found: dict[int, tuple[Path, GenerationSettings]] = {}
     for folder, records in journals.items():
         settings = GenerationSettings.from_record(run_records(records)[-1]["settings"])
@@ -62,7 +65,7 @@ def how_to_go_on(harvest: Harvest, folders: Sequence[Path]) -> str:
     record = jload(folders[0] / "run.json") if (folders[0] / "run.json").is_file() else {}
     command = command_with(record.get("command", ["generate_instruction.py"]), num_instructions_to_generate=wanted)
     return (
-        f"{harvest.target - len(harvest.tasks):,} of {harvest.target:,} tasks are missing, because the shards have "
-        "tasks in common. To go on, start every shard again for more tasks, then rebuild again:\n  "
-        + re.sub(r"--shard[= ]\d+/", "--shard I/", command)
+        f"{harvest.target - len(harvest.tasks):,} of {harvest.target:,} tasks are missing. Finish the shards that "
+        "have not reached their own share; where all have, they had tasks in common: start every shard again for more "
+        "tasks. Then rebuild again:\n  " + re.sub(r"--shard[= ]\d+/", "--shard I/", command)
     )

@@ -104,7 +104,8 @@ def summarize(
     for score, one, other in harvest.most_similar_pairs(10):
         print(f"  {score:.3f}  {one[:70]!r} ~ {other[:70]!r}")
     if end == "budget":
-        more = math.ceil(200 * max(budget.limit, budget.spent)) / 100
+        # The flag names the budget of all shards.
+        more = math.ceil(200 * max(budget.limit, budget.spent) * harvest.settings.shard.count) / 100
         print("The budget is used up. To go on:\n  " + command_with(sys.argv, max_cost_usd=f"{more:g}"))
     if end == "nothing new":
         print(

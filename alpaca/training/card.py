@@ -120,8 +120,9 @@ def card_head(base: str, data_paths: Sequence[str], name: str, report: Mapping[s
     """The YAML head that the Hub reads. A file or folder of this machine has no name there, and is named by its last
     part; the held-out loss is a result of the model where it was measured."""
     loss = report["eval_loss_of_saved_step"]
-    held_out = f"{report['held_out_rows']} held-out rows" if report.get("held_out_rows") else "held-out rows"
-    results = [EvalResult("text-generation", "alpaca", held_out, "loss", round(loss, 4))] if loss is not None else None
+    results = None
+    if loss is not None:
+        results = [EvalResult("text-generation", "alpaca", "held-out rows", "loss", round(loss, 4))]
     return ModelCardData(
         base_model=Path(base).name if Path(base).exists() else base,
         datasets=[Path(path).name if Path(path).exists() else path for path in data_paths],

@@ -8,7 +8,15 @@ import numpy as np
 
 from alpaca.common.errors import UserError
 from alpaca.common.run_record import sha256_file
-from alpaca.weights.manifest import bit_sum, bytes_bar, in_parallel, read_config, sha256_tensor, sha256_text
+from alpaca.weights.manifest import (
+    bit_sum,
+    bytes_bar,
+    correction_tensors,
+    in_parallel,
+    read_config,
+    sha256_tensor,
+    sha256_text,
+)
 from alpaca.weights.tensors import (
     FLOATS,
     PIECE,
@@ -109,8 +117,9 @@ def probable_cause(raw: Weights, manifest: dict, name: str, tensor: Tensor | Non
     return f"a damaged file ({tensor.file.name}), or another conversion: {len(others)} other tensors are right."
 
 
-def wrong_diff(diff: Weights, corrections: Mapping[str, Tensor], manifest: dict) -> Iterator[str]:
+def wrong_diff(diff: Weights, manifest: dict) -> Iterator[str]:
     """Yields what is damaged among the diff's tensors and corrections. Headers are right by now."""
+    corrections = correction_tensors(diff.folder, manifest)
     for what, weights, key in (
         ("the diff", diff, "sha256_diff"),
         ("the corrections of the diff", dataclasses.replace(diff, tensors=corrections), "sha256_corrections"),
@@ -140,7 +149,11 @@ def wrong_files(folder: Path, manifest: dict) -> Iterator[str]:
     for name, sha256 in manifest["files"].items():
         yield from wrong_file(folder / name, sha256)
     for name, sha256 in manifest["diff"].items():
-        found = sha256_text(read_header(folder / name)[0])
+        try:
+            found = sha256_text(read_header(folder / name)[0])
+        except UserError as error:
+            yield str(error)
+            continue
         if found != sha256:
             yield f"the header of {folder / name} is damaged: sha256 {found}, the manifest says {sha256}."
 

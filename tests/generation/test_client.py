@@ -2,6 +2,8 @@
 
 import asyncio
 import datetime
+import errno
+import os
 import time
 
 import pytest
@@ -9,6 +11,7 @@ from fake_openai import FakeOpenAI
 
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload
+from alpaca.common.journal import Journal, read_records
 from alpaca.generation import client, many_requests, prices
 from alpaca.generation import server as client_server
 from alpaca.generation.client import ModelClient
@@ -475,3 +478,40 @@ def test_rate_limits_without_a_time_are_said_and_bounded_by_the_clock(monkeypatc
             ask(server, ["a", "b", "c"])
     assert time.monotonic() - begin < 8
     assert capsys.readouterr().err.count("limits the rate") == 1
+
+
+def test_requests_under_way_finish_after_an_interrupt():
+    """Guards: a KeyboardInterrupt in a waiting job ended the event loop, and the paid replies under way with it."""
+    slots, done = many_requests.RequestSlots(3), []
+
+    async def job(number):
+        async with slots:
+            if number == 0:
+                await asyncio.sleep(0.01)
+                slots._interrupt()
+                return
+            await asyncio.sleep(0.05)
+            done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(slots.run(job(number) for number in range(9)))
+    assert done == [1, 2]
+
+
+def test_a_failed_write_leaves_no_half_record(tmp_path, monkeypatch):
+    """Guards: half a record of a full disk, to which the next one was glued when there was room again."""
+    write = os.write
+    with Journal(tmp_path / "replies.jsonl") as journal:
+        journal.append_now([{"number": 1}])
+        with monkeypatch.context() as full:
+
+            def half(descriptor, data):
+                if len(data) < 10:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return write(descriptor, data[: len(data) - 5])
+
+            full.setattr(os, "write", half)
+            with pytest.raises(UserError, match="No space left"):
+                journal.append_now([{"number": 2, "text": "long"}])
+        journal.append_now([{"number": 3}])
+    assert [record["number"] for record in read_records(tmp_path / "replies.jsonl")] == [1, 3]

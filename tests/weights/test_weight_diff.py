@@ -331,6 +331,20 @@ def test_incomplete_downloads(tmp_path, models):
     assert not (tmp_path / "out").exists()
 
 
+def test_verify_names_all_that_is_wrong(tmp_path, models):
+    """Guards: the first shard that could not be opened hid every other fault, and all of the tuned model's."""
+    _, tuned, diff = models
+    broken, other = Path(shutil.copytree(diff, tmp_path / "diff")), Path(shutil.copytree(tuned, tmp_path / "tuned"))
+    shards = sorted(broken.glob("model-*.safetensors"))[:2]
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    weights = sorted(other.glob("*.safetensors"))[0]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x3c")
+    with pytest.raises(UserError) as told:
+        weight_diff.verify(other, broken)
+    assert all(str(path) in str(told.value) for path in (*shards, weights))
+
+
 def test_disk_space(tmp_path, models, monkeypatch, capsys):
     """Room is looked for before the work, and a disk that fills up on the way is a sentence, not a traceback."""
     base, tuned, diff = models
