@@ -220,17 +220,14 @@ class PairSearch:
     ) -> Generator[Any, None, None]:
         """What `compare` returns for each part of the sides' signatures."""
         k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
-        with ThreadPoolExecutor(CORES) as threads:
-            for k in range(1, 4):
-                eligible = self.possible & (k_of == k)
-                if eligible.any():
-                    signatures = _Signatures(self, k, eligible)
-                    parts = signatures.write(sides, threads)
-                    try:
-                        yield from threads.map(functools.partial(compare, signatures), parts)
-                    finally:  # those that nobody read would keep their space on the disk
-                        for part in parts:
-                            part.close()
+        for k in range(1, 4):
+            eligible = self.possible & (k_of == k)
+            if eligible.any():
+                signatures = _Signatures(self, k, eligible)
+                # Parts that nobody read would keep their space on the disk. They close when no thread reads any more.
+                with contextlib.ExitStack() as opened, ThreadPoolExecutor(CORES) as threads:
+                    parts = [opened.enter_context(part) for part in signatures.write(sides, threads)]
+                    yield from threads.map(functools.partial(compare, signatures), parts)
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
         """k for each distinct length of the shorter text, as far as the longest partner's prefix has few k-subsets."""
