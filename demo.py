@@ -20,7 +20,7 @@ import threading
 
 from alpaca.answers.model_paths import check_model
 from alpaca.answers.moderation import load_filter
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.ports import free_port
 
@@ -54,8 +54,7 @@ def demo(
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
     """
-    if min(max_input_chars, max_new_tokens, max_queue) < 1:
-        raise UserError("--max_input_chars, --max_new_tokens and --max_queue must be at least 1.")
+    at_least_one(max_input_chars=max_input_chars, max_new_tokens=max_new_tokens, max_queue=max_queue)
     check = load_filter(filter) if filter else None
     port = free_port(port)
     paths = [path for path in (model_name_or_path, compare) if path]

@@ -20,7 +20,7 @@ from pathlib import Path
 from alpaca.answers.model_paths import check_model
 from alpaca.answers.pairs import load_answers, pair_answers
 from alpaca.answers.sampling import Sampling
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_write, jdump, jload, refuse_existing
 from alpaca.common.run_record import run_record
@@ -81,8 +81,7 @@ def answer(
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
     if api not in ("chat", "completions"):
         raise UserError(f"--api must be chat or completions, found {api!r}.")
-    if min(batch_size, max_concurrency, 1 if limit is None else limit) < 1:
-        raise UserError("--batch_size, --max_concurrency and --limit must be at least 1.")
+    at_least_one(batch_size=batch_size, max_concurrency=max_concurrency, limit=limit)
     if model and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("one process asks a server, --max_concurrency requests at a time: leave out torchrun.")
     sampling = Sampling(max_new_tokens, temperature, top_p, num_beams, seed)
@@ -167,8 +166,7 @@ def judge(
     """
     output = Path(output_dir)
     refuse_existing(output / "annotations.json", overwrite)
-    if min(max_concurrency, max_tokens, 1 if limit is None else limit) < 1:
-        raise UserError("--max_concurrency, --max_tokens and --limit must be at least 1.")
+    at_least_one(max_concurrency=max_concurrency, max_tokens=max_tokens, limit=limit)
     pairs, left_out = pair_answers(load_answers(answers_1, name_1), load_answers(answers_2, name_2))
     if not pairs:
         raise UserError(f"{answers_1} and {answers_2} have no task in common (same instruction and input).")
@@ -244,8 +242,7 @@ def report(
     """
     if output_dir:
         refuse_existing(Path(output_dir) / "report.json", overwrite)
-    if resamples < 1:
-        raise UserError("--resamples must be at least 1.")
+    at_least_one(resamples=resamples)
 
     from alpaca.answers import report_page, win_rate
 
@@ -316,8 +313,7 @@ def loss(
     sampling = Sampling(max_new_tokens, repetition_penalty=repetition_penalty)
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
-    if min(batch_size, 1 if limit is None else limit, max_length, max_new_tokens) < 1:
-        raise UserError("--batch_size, --limit, --max_length and --max_new_tokens must be at least 1.")
+    at_least_one(batch_size=batch_size, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens)
     models = {"base": (base, None)} if base else {}
     models["tuned" if base else "model"] = model_name_or_path, adapter
     for path, on_top in models.values():

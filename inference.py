@@ -16,7 +16,7 @@ from pathlib import Path
 
 from alpaca.answers.model_paths import check_model
 from alpaca.answers.sampling import Sampling
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import refuse_existing
 from alpaca.common.ports import free_port
@@ -76,8 +76,7 @@ def answer(
         raise UserError("--output_path takes the answers of one model to a --data_path. Leave out --base.")
     if not output_path and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("under torchrun, inference.py answers a --data_path into an --output_path.")
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise UserError("--batch_size and --limit must be at least 1.")
+    at_least_one(batch_size=batch_size, limit=limit)
     models = {"base": (base, None)} if base else {}
     models["tuned" if base else "answer"] = model_name_or_path, adapter
     for path, on_top in models.values():

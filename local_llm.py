@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.answers.model_paths import find_gguf
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_dir, atomic_write
 from alpaca.common.ports import free_port
@@ -58,8 +58,7 @@ def serve(
         threads: default: the cores that this process may use.
         ready_file: a file that gets the base URL once it answers, and is removed at the end; for scripts.
     """
-    if min(parallel, context, 1 if threads is None else threads) < 1:
-        raise UserError("--parallel, --context and --threads must be at least 1.")
+    at_least_one(parallel=parallel, context=context, threads=threads)
     path = find_gguf(gguf)
     port = free_port(port, host) if port else 0
     if host not in ("127.0.0.1", "localhost", "::1"):

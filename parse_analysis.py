@@ -11,8 +11,7 @@ counts, entropies, length histograms, and how many instructions have no such pai
 
 from pathlib import Path
 
-from alpaca.common.cli import run_cli
-from alpaca.common.errors import UserError
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.files import jdump, refuse_existing
 from alpaca.common.run_record import run_record
 from alpaca.common.tasks import load_tasks
@@ -38,8 +37,7 @@ def analyze(
         num_processes: Parser processes.
         overwrite: Replace an earlier analysis in output_dir.
     """
-    if min(verbs, objects, num_processes) < 1:
-        raise UserError("--verbs, --objects and --num_processes must be at least 1.")
+    at_least_one(verbs=verbs, objects=objects, num_processes=num_processes)
     paths = [data_path] if compare is None else [data_path, compare]
     datasets = {name: load_tasks(path, require_output=False) for name, path in zip(names(paths), paths, strict=True)}
     folder = Path(output_dir)

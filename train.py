@@ -143,8 +143,8 @@ def clear_result(output_dir: str) -> None:
     """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
-    weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "*config.json", "Modelfile")
-    for pattern in (*weights, "train_log.jsonl", "sample_answers.jsonl"):
+    weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "config.json", "adapter_config.json")
+    for pattern in (*weights, "Modelfile", "train_log.jsonl", "sample_answers.jsonl"):
         for file in Path(output_dir).glob(pattern):
             file.unlink()
 

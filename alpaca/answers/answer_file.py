@@ -13,6 +13,7 @@ from tqdm import tqdm
 from alpaca.answers.answer_journal import AnswerJournal, PartJournal, tasks_digest
 from alpaca.answers.answering import answer_all
 from alpaca.answers.loading import load_model
+from alpaca.answers.model_paths import check_model
 from alpaca.answers.ranks import Ranks, torchrun_ranks
 from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
@@ -35,14 +36,16 @@ class AnswerJob:
     def settings(self) -> dict[str, Any]:
         """What decides the answers."""
         return {
-            "model": self.model, "adapter": self.adapter, "weights": weights_identity(self.model, self.adapter),
+            "model": self.model, "adapter": self.adapter,
+            "weights": weights_identity(*check_model(self.model, self.adapter)),
             "tasks": tasks_digest(self.tasks), "rows": len(self.tasks), "dtype": self.dtype,
             **dataclasses.asdict(self.sampling),
         }  # fmt: skip
 
 
 def weights_identity(*paths: str | None) -> dict[str, Any]:
-    """Size and time of the weight files: answers of another checkpoint under the same name are not mixed."""
+    """Size and time of the weight files of a model and of an adapter on it: answers of other weights under the same
+    name are not mixed."""
     files: list[Path] = []
     for path in map(Path, filter(None, paths)):
         files += [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])

@@ -83,10 +83,13 @@ def answer_batch(
     """
     prompts = [prompt_ids(tokenizer, task) for task in tasks]
     refuse_long_prompts(model, prompts)
-    rows = generate(model, prompts, sampling, row_numbers or range(len(prompts)))
+    return _answers(model, tokenizer, prompts, sampling, row_numbers or range(len(prompts)))
+
+
+def _answers(model, tokenizer, prompts: Sequence[list[int]], sampling: Sampling, rows: Sequence[int]) -> list[Answer]:
     return [
         Answer(decode_answer(tokenizer, prompt, new), "stop" if stopped else "length", len(new) + stopped)
-        for prompt, (new, stopped) in zip(prompts, rows, strict=True)
+        for prompt, (new, stopped) in zip(prompts, generate(model, prompts, sampling, rows), strict=True)
     ]
 
 
@@ -105,8 +108,16 @@ def answer_all(
     tight = [row for row in order if room_for_answer(model, prompts[row], most) < most]
     free = [row for row in order if room_for_answer(model, prompts[row], most) == most]
     for batch in [[row] for row in tight] + [free[i : i + batch_size] for i in range(0, len(free), batch_size)]:
-        answers = answer_batch(model, tokenizer, [tasks[row] for row in batch], sampling, batch)
+        answers = _answers(model, tokenizer, [prompts[row] for row in batch], sampling, batch)
         yield dict(zip(batch, answers, strict=True))
+
+
+def answers_in_order(model, tokenizer, tasks: Sequence[dict], sampling: Sampling, batch_size: int) -> list[Answer]:
+    """All of answer_all's answers, in the order of the tasks."""
+    found: dict[int, Answer] = {}
+    for answers in answer_all(model, tokenizer, tasks, sampling, batch_size):
+        found |= answers
+    return [found[row] for row in range(len(tasks))]
 
 
 def generate(

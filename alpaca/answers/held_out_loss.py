@@ -10,7 +10,7 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
-from alpaca.answers.answering import Answer, answer_all
+from alpaca.answers.answering import answers_in_order
 from alpaca.answers.loading import not_finite
 from alpaca.answers.sampling import Sampling
 from alpaca.generation.rouge import rouge_tokens
@@ -54,10 +54,7 @@ def rouge_of_answers(
 ) -> dict[str, Any]:
     """Mean ROUGE-L F1 of answers against the tasks' outputs, the answers' mean length in tokens, and the share of them
     that ended before `max_new_tokens`."""
-    found: dict[int, Answer] = {}
-    for answered in answer_all(model, tokenizer, tasks, sampling, batch_size):
-        found |= answered
-    answers = [found[row] for row in range(len(tasks))]
+    answers = answers_in_order(model, tokenizer, tasks, sampling, batch_size)
     scores = [rouge_l(answer.text, task["output"]) for answer, task in zip(answers, tasks, strict=True)]
     return {
         "rouge_l": sum(scores) / len(scores),

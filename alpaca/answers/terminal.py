@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from alpaca.answers.answering import answer_all, stream_answer
+from alpaca.answers.answering import answers_in_order, stream_answer
 from alpaca.answers.loading import load_model
 from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
@@ -49,13 +49,12 @@ def print_answers(
     texts: dict[str, list[str]] = {}
     for name, (path, adapter) in models.items():
         model, tokenizer = load_model(path, device, dtype, adapter)
-        begin, done = time.monotonic(), {}
-        for answers in answer_all(model, tokenizer, tasks, sampling, batch_size):
-            done |= answers
-        seconds, tokens = time.monotonic() - begin, sum(answer.tokens for answer in done.values())
+        begin = time.monotonic()
+        done = answers_in_order(model, tokenizer, tasks, sampling, batch_size)
+        seconds, tokens = time.monotonic() - begin, sum(answer.tokens for answer in done)
         figures = {"answers": len(done), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"{name}: {path}. {rate(figures)}")
-        texts[name] = [done[row].text for row in range(len(tasks))]
+        texts[name] = [answer.text for answer in done]
         del model  # two large models need not fit beside each other
     for row, task in enumerate(tasks):
         print(f"\n[{row + 1}] {task['instruction']}")

@@ -155,6 +155,12 @@ def _as_number(text: str, kind: type) -> str:
     return f" Type {int(value) if value == int(value) else value}." if kind is float or value == int(value) else ""
 
 
+def at_least_one(**flags: int | None) -> None:
+    """Raises UserError that names each flag below 1; None stands for one that was not given."""
+    if low := {name: value for name, value in flags.items() if value is not None and value < 1}:
+        raise UserError("\n".join(f"--{name} must be at least 1, found {value}." for name, value in low.items()))
+
+
 def command_with(argv: Sequence[str], **flags: Any) -> str:
     """A command line as it was typed, with other values for these flags."""
     command = shlex.join(["python", *argv])

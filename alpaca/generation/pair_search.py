@@ -198,10 +198,16 @@ class PairSearch:
                     raise TooManyMatches
         return distinct(np.concatenate([found, *more]))
 
+    @functools.cached_property
+    def _first(self) -> np.ndarray:
+        """For `first_partners`, by row."""
+        return np.full(len(self.sequences), NO_ROW, np.int32)
+
     def first_partners(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         """The first of `rows` above the threshold with each of `others`, which have none in common with `rows`: int32,
         as long as `others`, -1 where there is none. Pairs are neither held nor compared once a lower row is found."""
-        first, lock = np.full(len(self.sequences), NO_ROW, np.int32), threading.Lock()
+        first, lock = self._first, threading.Lock()
+        first[others] = NO_ROW
 
         def compare(signatures: "_Signatures", part: IO[bytes]) -> None:
             for pairs, _ in signatures.candidates(part, between=True):

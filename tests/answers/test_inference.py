@@ -18,7 +18,7 @@ import tiny_models
 import torch
 from conftest import ROOT
 
-from alpaca.answers.answer_file import AnswerJob, write_answers
+from alpaca.answers.answer_file import AnswerJob, weights_identity, write_answers
 from alpaca.answers.answer_journal import AnswerJournal, PartJournal
 from alpaca.answers.answering import Answer, answer_batch, generate, prompt_ids, room_for_answer, stream_answer
 from alpaca.answers.held_out_loss import rouge_of_answers
@@ -332,6 +332,34 @@ def test_lora_adapter(tiny_llama, tmp_path, new_token):
     named, _ = load_model(str(tiny_llama), adapter=str(tmp_path / "adapter"))
     with torch.inference_mode():
         assert torch.equal(named(input_ids=ids).logits, found(input_ids=ids).logits)
+
+
+def test_other_weights_under_the_same_name_are_told_apart(tmp_path):
+    """Guards: a run that went on after its adapter, GGUF file or .bin had changed joined answers of two models."""
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    files = [tmp_path / name for name in ("base/pytorch_model.bin", "adapter/adapter_model.safetensors", "model.gguf")]
+    seen = []
+    for changed in (None, *files):
+        for file in files:
+            file.write_bytes(b"new" if file == changed else b"w")
+        seen.append(weights_identity(str(tmp_path / "base"), str(tmp_path / "adapter")))
+        seen[-1] |= weights_identity(str(tmp_path / "model.gguf"), None)
+    assert all(set(found) == set(map(str, files)) for found in seen)
+    assert all(seen[0] != found for found in seen[1:])
+
+
+def test_a_merged_float16_checkpoint_stays_float16(tiny_tied, tmp_path):
+    """Guards: `serve --merged_dir` wrote 27 GB of float32 for 13.5 GB of float16, since a CPU answers in float32."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alpaca.answers.openai_server import write_full_checkpoint
+
+    AutoModelForCausalLM.from_pretrained(tiny_tied, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_tied).save_pretrained(tmp_path / "half")
+    write_full_checkpoint(str(tmp_path / "half"), None, None, str(tmp_path / "out"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {torch.float16}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

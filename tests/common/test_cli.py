@@ -54,6 +54,7 @@ def job(output_dir: str, rows: int = 10, rate: float | None = None, note: str | 
         ("--output_dir o --rows 7.5", "--rows takes a whole number"),
         ("--output_dir o --rate $20", "--rate takes a number, found '$20'. Type 20."),
         ("--output_dir o --rate nan", "--rate takes a number"),
+        ("--output_dir o --rows 1,000", "Type 1000."),
         ("--output_dir o --fast maybe", "--fast takes True or False"),
         ("--output_dir o --rows", "--rows needs a value"),
         ("--rows 5", "job needs --output_dir"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,11 @@ def test_shards_ask_each_request_once_and_say_what_is_missing(tmp_path, server, 
     indices = [[r["index"] for r in journal if r["kind"] == "reply"] for journal in journals]
     assert all(index % 3 == shard for shard, found in enumerate(indices) for index in found)
     assert [journal[0]["target"] for journal in journals] == [17, 17, 16]
+    # A shard that was killed before its first record is one that is missing, not an end of all.
+    shutil.copytree(tmp_path / "out", tmp_path / "begun")
+    (tmp_path / "begun/shard_2/responses.jsonl").write_bytes(b"")
+    generate_instruction.rebuild(str(tmp_path / "some"), shards=str(tmp_path / "begun" / "shard_*"))
+    assert "1 of 3 shards are missing: 2" in capsys.readouterr().out
     # Two shards with the same ideas: what the second has in common with the first is missing.
     path = tmp_path / "out" / "shard_1" / "responses.jsonl"
     text = {r["index"] + 1: r["text"] for r in journals[0] if r["kind"] == "reply"}
