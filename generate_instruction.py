@@ -303,6 +303,10 @@ def rate(
         UserError: a file that cannot be read, or a judge that cannot be asked; what was answered is kept.
     """
     tasks, folder = load_tasks(path)[:limit], Path(str(output_dir))
+    if (folder / "responses.jsonl").exists():
+        raise UserError(
+            f"--output_dir {folder} holds a run of generation, whose run.json stays. Choose another folder."
+        )
     find_server(base_url)
 
     # Late: openai takes a second.

@@ -38,6 +38,7 @@ from alpaca.training.checkpoint import (
     checkpoints,
     nothing_lost,
     verify,
+    without_optimizer,
 )
 from alpaca.training.checks import read_command_line
 
@@ -85,8 +86,9 @@ def train(argv: list[str] | None = None) -> None:
     resume = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, say)
     if args.resume_from_checkpoint:
         say(f"resuming from {resume}" if resume else f"no finished checkpoint in {args.output_dir}: starting anew")
-        if resume and (changed := changed_batch(resume, args)):
-            say(changed)
+        for note in (changed_batch(resume, args), without_optimizer(resume)) if resume else ():
+            if note:
+                say(note)
     config = load_config(model_args.model_name_or_path, args.cache_dir)
     check_wrap_class(config, args.fsdp_config)
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)

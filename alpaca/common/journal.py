@@ -136,9 +136,12 @@ class Journal(contextlib.AbstractContextManager):
 
 
 def changed_settings(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that differ, each with both values in words: {"seed": "1, now 2"}."""
+    """The settings that differ, each with both values in words: {"seed": "1, now 2"}.
+
+    One that is missing on one side has its default there.
+    """
     return {
-        name: f"{_short(earlier.get(name))}, now {_short(now.get(name))}"
+        name: f"{_short(earlier.get(name, 'default'))}, now {_short(now.get(name, 'default'))}"
         for name in {**earlier, **now}
         if earlier.get(name) != now.get(name)
     }

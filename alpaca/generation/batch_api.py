@@ -14,7 +14,8 @@ import openai
 
 from alpaca.common.errors import UserError
 from alpaca.generation.many_requests import RequestFailed
-from alpaca.generation.run import Run, failure_fields, reply_fields
+from alpaca.generation.run import FEW_IN_A_ROW, Run, failure_fields, reply_fields
+from alpaca.generation.summary import empty_replies
 
 MAX_REQUESTS = 20_000  # of one batch; OpenAI takes 50,000
 MAX_BYTES = 150_000_000  # of one batch; OpenAI takes 200 MB
@@ -29,6 +30,7 @@ class BatchRun(Run):
     """
 
     async def run(self) -> None:
+        self._answered: list[int] = []  # the positions of requests with a reply
         self._read(self.journal.records)
         self._earlier_requests = len(self.harvest.kept_after)
         try:
@@ -52,6 +54,8 @@ class BatchRun(Run):
         self.files.write(self.harvest)
 
     def _read(self, records: list[Mapping[str, Any]]) -> None:
+        position = self.prompter.settings.shard.position
+        self._answered += [position(r["index"]) for r in records if r["kind"] == "reply" and "text" in r]
         self.harvest.add(records)
         self.harvest.read_rest()
 
@@ -77,8 +81,10 @@ class BatchRun(Run):
         kept, few = self.harvest.kept_after, self.limits.max_requests_without_new
         if self.harvest.full:
             self.end = "target reached"
-        elif len(kept) - self._earlier_requests > few and kept[-1] == kept[-1 - few]:
-            self.end = "nothing new"
+        else:
+            answered = sorted(i for i in self._answered if self._earlier_requests <= i < len(kept))[-few:]
+            if len(answered) == few and kept[-1] == (kept[answered[0] - 1] if answered[0] else self.harvest.imported):
+                self.end = "nothing new"
         return self.end is not None
 
     def _prompt(self, index: int) -> tuple[str, list[str]]:
@@ -98,16 +104,25 @@ class BatchRun(Run):
 
         None where the budget does not reach.
         """
-        settings = self.prompter.settings
-        first = self._next_index()
-        prompt, names = self._prompt(first)
-        if not self.budget.affords(self.budget.most(prompt, self.client.max_tokens)):
-            return None
-        try:
-            fields = reply_fields(await self.client.ask(prompt, self.prompter.stop))
-        except RequestFailed as error:
-            raise UserError(f"the first request failed: {error.kind}: {error}") from error
-        self._journal([self._record(first, names) | fields])
+        settings, failures = self.prompter.settings, 0
+        while True:
+            first = self._next_index()
+            prompt, names = self._prompt(first)
+            if not self.budget.affords(self.budget.most(prompt, self.client.max_tokens)):
+                return None
+            try:
+                fields = reply_fields(await self.client.ask(prompt, self.prompter.stop))
+            except RequestFailed as error:
+                fields = failure_fields(error)
+            self._journal([self._record(first, names) | fields])
+            if fields.get("text", "").strip():
+                break
+            # A refusal may be this prompt's alone, but a batch of empty replies would be paid for.
+            failures += 1
+            if failures == FEW_IN_A_ROW:
+                if "text" in fields:
+                    raise UserError(empty_replies(fields, failures))
+                raise UserError(f"{failures} requests before a batch failed, the last one with: {fields['error']}")
 
         made = len(self.harvest.tasks) - self.harvest.imported
         rate = (made + self.limits.expected_tasks_per_request) / (len(self.harvest.kept_after) + 1)

@@ -266,7 +266,7 @@ class Findings:
         instructions: dict[int, str] = {}
         for row, content in enumerate(iter_rows(self.path) if wanted else ()):
             if row in wanted:
-                instructions[row] = read_task(content)[0]["instruction"]
+                instructions[row] = read_task(content, require_output=False)[0]["instruction"]
                 if len(instructions) == len(wanted):
                     break
         for row, other, score in zip(rows, others, scores, strict=True):
@@ -317,13 +317,13 @@ class RowInspector:
         problems, instructions = [], []
         lengths, texts = np.full((len(rows), len(FIELDS)), -1, np.int32), np.zeros(len(rows), np.uint64)
         for number, row in enumerate(rows):
-            task, unreadable = read_task(row)
+            task, unreadable = read_task(row, require_output=self.options.filters)
             if unreadable:
                 problems.append((number, "unreadable", {"text": unreadable}))
                 instructions.append("")
                 continue
             instructions.append(task["instruction"])
-            fields = [task[field] for field in FIELDS]
+            fields = [task.get(field, "") for field in FIELDS]
             lengths[number] = [len(text) if text.strip() else 0 for text in fields]
             plain = "\0".join(" ".join(text.casefold().split()) for text in fields[:2])
             texts[number] = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest())

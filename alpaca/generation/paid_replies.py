@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +19,8 @@ class PaidReplies:
     """Asks a model, and keeps each reply in a journal under the sha256 of all that decides it.
 
     version: of the prompt; replies under different prompts are different measurements. usable: whether a reply serves;
-    one that does not is asked for again. Jobs that call `reply` run in `slots.run`.
+    one that does not is asked for again. Jobs that call `reply` run in `slots.run`. earlier: the keys of replies that
+    were there from the start.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class PaidReplies:
         self.cost_of_cached = 0.0
         self._settings = {**client.settings, "max_tokens": client.max_tokens, "api": client.api}
         self._known = {record["key"]: record for record in journal.records if "key" in record and usable(record)}
+        self.earlier = frozenset(self._known)
         self._reservation_ended = asyncio.Condition()
+        self._of_one_key: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def reply(self, prompt: str) -> dict[str, Any]:
         """The record of a reply: `reply`, `usage`, `model`, `date`, and `first_token` where log-probabilities came.
@@ -48,7 +51,7 @@ class PaidReplies:
         """
         identity = [self.client.model, self.client.url, self._settings, self.version, prompt]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        async with self.slots:
+        async with self._of_one_key[key], self.slots:  # rows can be equal: the second waits for the first one's reply
             if key in self._known:
                 self.cached += 1
                 self.cost_of_cached += self.budget.price.cost(self._known[key]["usage"]) if self.budget.price else 0.0
@@ -89,7 +92,11 @@ class PaidReplies:
     async def _reserve(self, prompt: str) -> float:
         most = self.budget.most(prompt, self.client.max_tokens)
         async with self._reservation_ended:
-            await self._reservation_ended.wait_for(lambda: self.budget.affords(most) or not self.budget.reserved)
+            # The first reply shows what a request costs at a server that ignores max_tokens.
+            budget = self.budget
+            await self._reservation_ended.wait_for(
+                lambda: not budget.reserved or (budget.affords(most) and (budget.limit is None or budget.longest_reply))
+            )
             if not self.budget.affords(most):
                 raise UserError(
                     f"the budget of ${self.budget.limit:g} is spent after {self.asked} replies. They are kept in "

@@ -11,10 +11,10 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from rapidfuzz import process
@@ -25,13 +25,15 @@ from alpaca.common.files import named_in_errors
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _PART = 1 << 22  # signatures that a thread sorts at a time, which takes about 400 MB
+_MOST_PARTS = 250  # of three open files each; from then on parts grow
 _CHUNK = 1 << 20  # pairs compared in one array operation
-_SAMPLE = 1 << 12  # pairs compared at first, which tell about how many of the others will match
+_JOB = 1 << 16  # signatures made at a time: arrays that fit the cache
+_FIRST_CHUNK = 1 << 12  # the same at first: what these find spares many of the others
 CODE_POINTS = 0x110000  # token numbers below this fit a character of a string
 _MOST_SUBSETS = 4096  # signatures of one sequence
 _MANY = 200_000  # sequences from which on signatures of three tokens pay
 ROW = 0xFFFFFFFF  # the right row of a packed pair
-NO_ROW = 2**31 - 1
+_SLOT_BITS = 27  # at most: of a hash, to look it up among those of the smaller side
 
 
 def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.ndarray) -> np.ndarray:
@@ -43,10 +45,6 @@ def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.nda
     recall = lcs / candidate_length
     total = precision + recall
     return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
-
-
-class TooManyMatches(Exception):
-    """More pairs are above the threshold than the caller wants to hold."""
 
 
 class TokenNumbers(NamedTuple):
@@ -103,7 +101,8 @@ class Sequences:
         # Each sequence as a string of one character a token, which is what rapidfuzz reads fastest. A sequence with a
         # number that is no code point is a list; rapidfuzz compares both kinds number by number.
         self.strings = np.empty(len(self), object)
-        self.bits = np.zeros(len(self), np.uint64)  # a set of 64 classes of tokens
+        # Its tokens as two sets of 64: the most frequent ones, and classes of the others.
+        self.bits = np.zeros((2, len(self)), np.uint64)
         first = 0
         while first < len(self):
             begin = self.starts[first]
@@ -116,9 +115,12 @@ class Sequences:
                 row = np.searchsorted(self.ends, begin + place, side="right")
                 self.strings[row] = self.flat[self.starts[row] : self.ends[row]].tolist()
             filled = first + np.flatnonzero(self.lengths[first:after])
-            classes = np.uint64(1) << (codes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(58))
-            if len(filled):
-                self.bits[filled] = np.bitwise_or.reduceat(classes, self.starts[filled] - begin)
+            classes = codes.astype(np.uint64)
+            classes = np.where(codes < 64, classes, classes * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(58))
+            for bits, frequent in zip(self.bits, (True, False), strict=True):
+                if len(filled):
+                    members = np.where((codes < 64) == frequent, np.uint64(1) << classes, np.uint64(0))
+                    bits[filled] = np.bitwise_or.reduceat(members, self.starts[filled] - begin)
             first = after
 
     def matrix(self, rows: np.ndarray, length: int) -> np.ndarray:
@@ -179,61 +181,90 @@ class PairSearch:
         self.least = np.maximum(np.floor(threshold * (shorter + longer) / 2 - 1e-9).astype(np.int64) + 1, 1)
         self.possible = (shorter <= longer) & (self.least <= shorter)
 
-    def pairs(self, rows: np.ndarray, others: np.ndarray | None = None, most: float = math.inf) -> np.ndarray:
+    def pairs(self, rows: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
         """Pairs above the threshold within `rows`, or between `rows` and `others`: int64 left << 32 | right, ascending.
 
-        Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none. Raises
-        TooManyMatches where there are more than `most`, or would be by what a sample shows.
+        Without `others`, left < right; with them, left is one of `rows`. Sequences without tokens match none.
         """
-        found, more = np.empty(0, np.int64), []
-        sides = [rows] if others is None else [rows, others]
-        compare = functools.partial(self._matches, len(sides) == 2, most)
-        with contextlib.closing(self._compared(sides, compare)) as compared:
-            for matches in compared:
-                more.append(matches)
-                # A pair shares many signatures. It is held once.
-                if sum(map(len, more)) > max(len(found), _CHUNK):
-                    found, more = distinct(np.concatenate([found, *more])), []
-                if len(found) > most:
-                    raise TooManyMatches
-        return distinct(np.concatenate([found, *more]))
+        held = _PairList(math.inf)
+        self._compare(
+            [rows] if others is None else [rows, others], lambda pairs: pairs, lambda pairs: [pairs], held.add
+        )
+        return held.all()
+
+    def earlier(self, rows: np.ndarray, among: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray | None]:
+        """What each of `rows` repeats: rows above the threshold before it, of `rows` or of `among`, in which it is not.
+
+        Returns the first such row for each, int32, the row itself where there is none; and all pairs as `pairs` does,
+        None where they are more than `most`. From there on, only what may be a first one is compared.
+        """
+        first, held = self._first, _PairList(most)
+        first[rows] = rows
+        own = threading.local()
+
+        def wanted(pairs: np.ndarray) -> np.ndarray:
+            left, right = pairs >> 32, pairs & ROW
+            return pairs[left < (first[right] if held.full else right)]
+
+        def in_turn(pairs: np.ndarray) -> Iterator[np.ndarray]:
+            if not held.full:
+                yield pairs
+                return
+            # The lowest row that each may repeat: where it does, it is spared the others.
+            if not hasattr(own, "place_of"):
+                own.place_of = np.empty(len(first), np.int32)
+            right, place = pairs & ROW, np.arange(len(pairs), dtype=np.int32)
+            own.place_of[right[::-1]] = place[::-1]  # of places for one row, the last that is written stays
+            lowest = own.place_of[right] == place
+            yield pairs[lowest]
+            yield wanted(pairs[~lowest])
+
+        def take(pairs: np.ndarray) -> None:
+            np.minimum.at(first, pairs & ROW, (pairs >> 32).astype(np.int32))
+            held.add(pairs)
+
+        for sides in ([rows], [among, rows]) if len(among) else ([rows],):
+            self._compare(sides, wanted, in_turn, take)
+        pairs = held.all()
+        return first[rows], None if held.full else pairs
 
     @functools.cached_property
     def _first(self) -> np.ndarray:
-        """For `first_partners`, by row."""
-        return np.full(len(self.sequences), NO_ROW, np.int32)
+        """For `earlier`, by row."""
+        return np.empty(len(self.sequences), np.int32)
 
-    def first_partners(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """The first of `rows` above the threshold with each of `others`, which have none in common with `rows`: int32,
-        as long as `others`, -1 where there is none. Pairs are neither held nor compared once a lower row is found."""
-        first, lock = self._first, threading.Lock()
-        first[others] = NO_ROW
+    def _compare(
+        self,
+        sides: Sequence[np.ndarray],
+        wanted: Callable[[np.ndarray], np.ndarray],
+        in_turn: Callable[[np.ndarray], Iterable[np.ndarray]],
+        take: Callable[[np.ndarray], None],
+    ) -> None:
+        """Gives `take`, by one thread at a time, the pairs above the threshold of those that `wanted` leaves.
 
-        def compare(signatures: "_Signatures", part: IO[bytes]) -> None:
-            for pairs, _ in signatures.candidates(part, between=True):
-                pairs = pairs[pairs >> 32 < first[pairs & ROW]]
-                pairs = pairs[self._may_match(pairs)]
-                pairs = pairs[self.sequences.f1(pairs) > self.threshold]
-                with lock:
-                    np.minimum.at(first, pairs & ROW, (pairs >> 32).astype(np.int32))
-
-        for _ in self._compared([rows, others], compare):
-            pass
-        return np.where(first[others] < NO_ROW, first[others], -1)
-
-    def _compared(
-        self, sides: Sequence[np.ndarray], compare: Callable[["_Signatures", IO[bytes]], Any]
-    ) -> Generator[Any, None, None]:
-        """What `compare` returns for each part of the sides' signatures."""
+        Each array is distinct and ascends; a pair can come several times. in_turn: parts the pairs into those that are
+        compared one after the other.
+        """
         k_of = np.minimum(self.least, self._subset_size(sum(map(len, sides)))[:, None])
+        lock = threading.Lock()
         for k in range(1, 4):
             eligible = self.possible & (k_of == k)
-            if eligible.any():
-                signatures = _Signatures(self, k, eligible)
-                # Parts that nobody read would keep their space on the disk. They close when no thread reads any more.
-                with contextlib.ExitStack() as opened, ThreadPoolExecutor(CORES) as threads:
-                    parts = [opened.enter_context(part) for part in signatures.write(sides, threads)]
-                    yield from threads.map(functools.partial(compare, signatures), parts)
+            if not eligible.any():
+                continue
+            signatures = _Signatures(self, k, eligible)
+
+            def compare(part: _Part, signatures: _Signatures = signatures) -> None:
+                for pairs in signatures.candidates(part, between=len(sides) == 2):
+                    pairs = wanted(pairs)
+                    for chosen in in_turn(pairs[self._may_match(pairs)]):
+                        matches = chosen[self.sequences.f1(chosen) > self.threshold]
+                        with lock:
+                            take(matches)
+
+            # Parts that nobody read would keep their space on the disk. They close when no thread reads any more.
+            with contextlib.ExitStack() as opened, ThreadPoolExecutor(CORES) as threads:
+                parts = [opened.enter_context(part) for part in signatures.write(sides, threads)]
+                list(threads.map(compare, parts))
 
     def _subset_size(self, number_of_rows: int) -> np.ndarray:
         """k for each distinct length of the shorter text, as far as the longest partner's prefix has few k-subsets."""
@@ -243,46 +274,84 @@ class PairSearch:
             k_of[[math.comb(int(prefix), k) <= _MOST_SUBSETS for prefix in excess + k]] = k
         return k_of
 
-    def _matches(self, between: bool, most: float, signatures: "_Signatures", part: IO[bytes]) -> np.ndarray:
-        """The pairs above the threshold that share a signature of this part."""
-        found, number = [np.empty(0, np.int64)], 0
-        for pairs, share in signatures.candidates(part, between):
-            pairs = pairs[self._may_match(pairs)]
-            found.append(pairs[self.sequences.f1(pairs) > self.threshold])
-            number += len(found[-1])
-            if number and number > most * share:
-                raise TooManyMatches
-        return distinct(np.concatenate(found))
-
     def _may_match(self, pairs: np.ndarray) -> np.ndarray:
         """False where the one has so many classes of tokens which the other lacks that too few can be common."""
         left, right = pairs >> 32, pairs & ROW
-        bits, other_bits = self.sequences.bits[left], self.sequences.bits[right]
-        length, other_length = self.sequences.lengths[left], self.sequences.lengths[right]
-        size, other_size = self.size_of[left], self.size_of[right]
-        least = self.least[size, other_size]  # symmetric
-        common = np.minimum(
-            length - np.bitwise_count(bits & ~other_bits), other_length - np.bitwise_count(other_bits & ~bits)
-        )
-        return common >= least
+        common, other_common = self.sequences.lengths[left], self.sequences.lengths[right]
+        for classes in self.sequences.bits:
+            bits, other_bits = classes[left], classes[right]
+            common -= np.bitwise_count(bits & ~other_bits)
+            other_common -= np.bitwise_count(other_bits & ~bits)
+        least = self.least[self.size_of[left], self.size_of[right]]  # symmetric
+        return np.minimum(common, other_common) >= least
+
+
+class _PairList:
+    """Distinct packed pairs, as long as they are at most `most`; then `full`, and none."""
+
+    def __init__(self, most: float):
+        self.full = False
+        self._most, self._found, self._more, self._number = most, np.empty(0, np.int64), [], 0
+
+    def add(self, pairs: np.ndarray) -> None:
+        if self.full:
+            return
+        self._more.append(pairs)
+        self._number += len(pairs)
+        # A pair shares many signatures. It is held once.
+        if self._number > max(len(self._found), min(self._most, _CHUNK)):
+            self.all()
+
+    def all(self) -> np.ndarray:
+        """The pairs so far, ascending."""
+        self._found, self._more, self._number = distinct(np.concatenate([self._found, *self._more])), [], 0
+        if len(self._found) > self._most:
+            self.full, self._found = True, np.empty(0, np.int64)
+        return self._found
+
+
+class _Part(NamedTuple):
+    """Temporary files of entries, one for each field."""
+
+    hashes: IO[bytes]
+    rows: IO[bytes]
+    lasts: IO[bytes]
+
+    def __enter__(self) -> "_Part":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in self:
+            file.close()
+
+    def read(self, dtypes: Sequence[type]) -> list[np.ndarray]:
+        """The fields of all entries. The files close, and with that their space is free."""
+        with self:
+            for file in self:
+                file.seek(0)
+            return [np.fromfile(file, dtype) for file, dtype in zip(self, dtypes, strict=True)]
 
 
 class _Signatures:
     """The signatures of k tokens of those pairs of lengths that `eligible` marks.
 
-    A key is 47 bits of hash, 1 of side and 16 of the length's number, so that sorted keys bring those that match
-    together, the shorter text first.
+    An entry is a signature's hash (uint32), its row (int32), and its last place and group (uint32, or uint64 for very
+    long texts). The group is its side and the number of its length. Sorted by hash and group, those that match stand
+    together, the shorter text first. Each field lies in a file of its own: its values can be read on end.
     """
-
-    ENTRY = np.dtype([("key", np.uint64), ("row", np.int32), ("last", np.int32)])
 
     def __init__(self, search: PairSearch, k: int, eligible: np.ndarray):
         self.search, self.k = search, k
+        self.size_bits = len(search.sizes).bit_length()
+        self.side_bit = np.uint64(1 << self.size_bits)
+        self.group_bits = self.side_bit * np.uint64(2) - np.uint64(1)
         m, n = search.sizes[:, None], search.sizes[None, :]
         # The last place in its prefix that a signature may use: of the shorter and of the longer text of a pair.
         of_shorter = np.where(eligible, m - search.least + k - 1, -1)
         self.of_longer = np.where(eligible, n - search.least + k - 1, -1)
         self.prefix = np.maximum(of_shorter.max(1), self.of_longer.max(0)) + 1
+        most = int(self.prefix.max(initial=0)) << self.size_bits + 1
+        self.dtypes = (np.uint32, np.int32, np.uint32 if most < 1 << 32 else np.uint64)
         # The greatest length (as its number) that a shorter text with a signature that ends at this place can match.
         self.partner = np.full((len(search.sizes), int(self.prefix.max(initial=0)) + 1), -1)
         for size in np.flatnonzero(eligible.any(1)):
@@ -294,9 +363,13 @@ class _Signatures:
             p: np.array(list(itertools.combinations(range(p), k)), np.intp) for p in set(self.prefix.tolist()) if p >= k
         }
 
-    def write(self, sides: Sequence[np.ndarray], threads: ThreadPoolExecutor) -> list[IO[bytes]]:
-        """Temporary files of entries, split by hash; an entry is a signature with its row and its last place."""
-        jobs, total = [], 0
+    def write(self, sides: Sequence[np.ndarray], threads: ThreadPoolExecutor) -> list["_Part"]:
+        """The entries in temporary files, split by hash.
+
+        Of two sides, the larger one's entries are only those whose hash the smaller one probably has.
+        """
+        jobs: list[list[tuple[np.ndarray, int, int]]] = [[] for _ in sides]
+        totals = [0] * len(sides)
         for side, rows in enumerate(sides):
             size_of = self.search.size_of[rows]
             order = np.argsort(size_of, kind="stable")
@@ -305,26 +378,39 @@ class _Signatures:
                 members = rows[order[bounds[size] : bounds[size + 1]]]
                 if prefix in self.subsets and len(members):
                     number = len(self.subsets[prefix])
-                    total += number * len(members)
-                    step = max(1, _CHUNK // number)
-                    jobs += [(members[i : i + step], side, size) for i in range(0, len(members), step)]
-        parts = [tempfile.TemporaryFile() for _ in range(-(-total // _PART))]
+                    totals[side] += number * len(members)
+                    step = max(1, _JOB // number)
+                    jobs[side] += [(members[i : i + step], side, size) for i in range(0, len(members), step)]
+        number_of_parts = min(-(-sum(totals) // _PART), _MOST_PARTS)
+        parts = [_Part(*(tempfile.TemporaryFile() for _ in range(3))) for _ in range(number_of_parts)]
+        smaller = int(np.argmin(totals))
+        slot_bits = min(totals[smaller].bit_length() + 3, _SLOT_BITS)
+        hashes = np.zeros(1 << slot_bits, bool)
         lock = threading.Lock()
 
         def write(job: tuple[np.ndarray, int, int]) -> None:
-            entries = self._entries(*job)
-            part_of = ((entries["key"] >> np.uint64(32)) % np.uint64(len(parts))).astype(np.uint16)
-            entries = entries[np.argsort(part_of, kind="stable")]
+            part_of, *fields = self._entries(*job, len(parts))
+            order = np.argsort(part_of, kind="stable")
+            if len(sides) == 2:
+                slots = fields[0] >> np.uint32(32 - slot_bits)
+                if job[1] == smaller:
+                    hashes[slots] = True
+                else:
+                    order = order[hashes[slots[order]]]
+                    part_of = part_of[order]
+            fields = [field[order] for field in fields]
             ends = np.cumsum(np.bincount(part_of, minlength=len(parts))).tolist()
             with lock, named_in_errors(tempfile.gettempdir()):
                 for part, start, end in zip(parts, [0, *ends], ends, strict=False):
-                    part.write(entries[start:end])
+                    for file, field in zip(part, fields, strict=True):
+                        file.write(field[start:end])
 
-        list(threads.map(write, jobs))
+        for side in (smaller, 1 - smaller)[: len(sides)]:
+            list(threads.map(write, jobs[side]))
         return parts
 
-    def _entries(self, rows: np.ndarray, side: int, size: int) -> np.ndarray:
-        """The entries of rows of one length."""
+    def _entries(self, rows: np.ndarray, side: int, size: int, parts: int) -> list[np.ndarray]:
+        """The number of the part of each entry of rows of one length, and the entries' fields."""
         prefix = int(self.prefix[size])
         subsets = self.subsets[prefix]
         tokens = self.search.sequences.matrix(rows, int(self.search.sizes[size]))
@@ -340,52 +426,60 @@ class _Signatures:
         for token in chosen:
             key = (key ^ (token & ROW).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
             key ^= key >> np.uint64(29)
-        entries = np.empty(key.shape, self.ENTRY)
-        entries["key"] = key & np.uint64(0xFFFFFFFFFFFE0000) | np.uint64(side << 16 | size)
-        entries["row"] = rows[:, None]
-        entries["last"] = subsets[:, -1]
-        return entries.ravel()
+        last_and_group = (subsets[:, -1] << self.size_bits + 1) + (side << self.size_bits) + size
+        fields = (
+            # Of other bits than the hash, which tells signatures apart that share a part.
+            (key.astype(np.uint32) % np.uint32(parts)).astype(np.uint16),
+            (key >> np.uint64(32)).astype(np.uint32),
+            np.broadcast_to(rows.astype(np.int32)[:, None], key.shape),
+            np.broadcast_to(last_and_group.astype(self.dtypes[2]), key.shape),
+        )
+        return [field.ravel() for field in fields]
 
-    def candidates(self, part: IO[bytes], between: bool) -> Iterator[tuple[np.ndarray, float]]:
+    def candidates(self, part: "_Part", between: bool) -> Iterator[np.ndarray]:
         """Packed pairs of rows with one hash whose lengths and places allow a match; the shorter looks for the longer.
 
-        Each array is distinct, and comes with the share of the part's pairs that have been given so far. The file is
-        closed.
+        Each array is distinct. The files are closed.
         """
-        part.seek(0)
-        entries = np.fromfile(part, self.ENTRY)
-        part.close()
-        # Most signatures stand alone and go. To find them, the hashes are sorted with the place in the low bits, which
-        # takes a fifth of the time of argsort.
-        low = np.uint64((1 << max(len(entries).bit_length(), 17)) - 1)
-        hashes = np.sort(entries["key"] & ~low | np.arange(len(entries), dtype=np.uint64))
-        new = np.diff(hashes & ~low, prepend=~hashes[:1]) != 0
-        order = (hashes[~(new & np.append(new[1:], True))] & low).astype(np.int64)
-        order = order[np.argsort(entries["key"][order])]
-        keys, rows, lasts = (entries[field][order] for field in self.ENTRY.names)
-        del entries, order, hashes, new
+        hashes, rows, lasts = part.read(self.dtypes)
+        # One sort of words that hold as much of the hash as there is room for, the group, and the entry's place. Most
+        # signatures stand alone and go.
+        place_bits = np.uint64(len(hashes).bit_length())
+        places = np.uint64((1 << int(place_bits)) - 1)
+        hash_bits = ~((self.group_bits << place_bits) | places)
+        words = hashes.astype(np.uint64)
+        words <<= np.uint64(32)
+        words &= hash_bits
+        words |= (lasts & self.group_bits) << place_bits
+        words |= np.arange(len(hashes), dtype=np.uint64)
+        words.sort()
+        new = np.diff(words & hash_bits, prepend=~words[:1]) != 0
+        words = words[~(new & np.append(new[1:], True))]
+        order = (words & places).astype(np.int64)
+        keys = words >> place_bits
+        rows, lasts = rows[order], (lasts[order] >> (self.size_bits + 1)).astype(np.int32)
+        del hashes, words, order, new
         size = self.search.size_of[rows]
         reach = self.partner[size, lasts]
         seekers = np.flatnonzero(reach >= 0)
         reach = reach[seekers].astype(np.uint64)
         if between:
-            across = (keys[seekers] & ~np.uint64(0xFFFF)) ^ np.uint64(1 << 16)
+            across = (keys[seekers] & ~(self.side_bit - np.uint64(1))) ^ self.side_bit
             own = size[seekers].astype(np.uint64)
             # Equal lengths meet once: those of the first side look for them.
-            from_left = (keys[seekers] & np.uint64(1 << 16)) == 0
+            from_left = (keys[seekers] & self.side_bit) == 0
             start = np.where(
                 from_left, np.searchsorted(keys, across | own), np.searchsorted(keys, across | own, side="right")
             )
             stop = np.searchsorted(keys, across | reach, side="right")
         else:
             start = seekers + 1
-            stop = np.searchsorted(keys, keys[seekers] & ~np.uint64(0xFFFF) | reach, side="right")
+            stop = np.searchsorted(keys, keys[seekers] & ~self.group_bits | reach, side="right")
         counts = np.maximum(stop - start, 0)
         ends = np.cumsum(counts)
-        first = 0
+        first, step = 0, min(_FIRST_CHUNK, _CHUNK)
         while first < len(seekers):
             done = ends[first - 1] if first else 0
-            step = _CHUNK if first else min(_SAMPLE, _CHUNK)
             after = max(int(np.searchsorted(ends, done + step, side="right")), first + 1)
             n = counts[first:after]
             p = np.repeat(seekers[first:after], n)
@@ -394,10 +488,10 @@ class _Signatures:
             p, q = p[fits], q[fits]
             left, right = rows[p].astype(np.int64), rows[q].astype(np.int64)
             # Between two sides the first side is left, else the lower row.
-            swap = (keys[p] & np.uint64(1 << 16)) > 0 if between else left > right
+            swap = (keys[p] & self.side_bit) > 0 if between else left > right
             left[swap], right[swap] = right[swap], left[swap]
-            yield distinct((left << 32 | right)[left != right]), ends[after - 1] / ends[-1] if ends[-1] else 1.0
-            first = after
+            yield distinct((left << 32 | right)[left != right])
+            first, step = after, min(2 * step, _CHUNK)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

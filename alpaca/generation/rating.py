@@ -106,19 +106,21 @@ async def rate_rows(
         nonlocal failures
         row = {"row": number, "rating": None, "reason": "", "task_sha256": task_sha256(task), "model": client.model}
         row["prompt_version"] = PROMPT_VERSION
+        new = True
         try:
             reply = await replies.reply(rating_prompt(task))
         except RequestFailed as error:
             row["reason"] = f"{error.kind}: {error}"
         else:
+            new = reply["key"] not in replies.earlier
             if found := read_rating(reply["reply"]):
                 row["rating"], row["reason"] = found
             else:
                 row["reason"] = f"no rating in the reply: {reply['reply'][:100]!r}"
         rated[number] = row
         bar.update()
-        failures = 0 if row["rating"] is not None else failures + 1
-        if failures >= FAILURES_IN_A_ROW:
+        failures = 0 if row["rating"] is not None else failures + new
+        if new and failures >= FAILURES_IN_A_ROW:
             replies.slots.stop(UserError(f"{failures} rows in a row got no rating, the last one: {row['reason']}"))
 
     with tqdm(total=len(tasks), unit="row", disable=None) as bar:

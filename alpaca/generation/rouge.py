@@ -6,7 +6,6 @@
 The figures are those of rouge_score without stemming, bit for bit, and so are its tokens: runs of [a-z0-9].
 """
 
-import contextlib
 import itertools
 import math
 import re
@@ -28,7 +27,6 @@ from alpaca.generation.pair_search import (
     Sequences,
     TokenNumbers,
     TokenStore,
-    TooManyMatches,
     f1_scores,
 )
 
@@ -327,7 +325,7 @@ class _Block:
 
 _LEAF = 4096  # rows below which `first_repeats` compares however many pairs there are
 _MATCHES = 100  # pairs a row that it holds at once; ordinary files have a few
-_MOST_MATCHES = 2 * 10**8  # of 8 bytes each
+_MOST_MATCHES = 5 * 10**7  # of 8 bytes each
 
 
 class Matches(NamedTuple):
@@ -357,36 +355,43 @@ def first_repeats(
     """
     search = PairSearch(sequences, threshold)
     rows = np.arange(len(sequences)) if rows is None else rows
-    repeated = np.full(len(sequences), -1, np.int32)  # the first row that a row repeats, if any
-
-    def drop(pairs: np.ndarray) -> None:
-        left, right = pairs >> 32, pairs & ROW
-        bounds = np.flatnonzero(np.diff(left, prepend=-1, append=-1)).tolist()
-        for start, end in itertools.pairwise(bounds):
-            if repeated[left[start]] < 0 or left[start] < fixed:
-                near = right[start:end]
-                repeated[near[repeated[near] < 0]] = left[start]
-
-    def stay(rows: np.ndarray) -> np.ndarray:
-        return rows[(repeated[rows] < 0) | (rows < fixed)]
-
-    def keep(rows: np.ndarray) -> np.ndarray:
-        most = math.inf if len(rows) <= _LEAF else min(_MATCHES * len(rows), _MOST_MATCHES)
-        with contextlib.suppress(TooManyMatches):
-            drop(search.pairs(rows, most=most))
-            return stay(rows)
-        # What repeats the first half goes before the second half is compared with itself. A file of near copies
-        # shrinks to little at once, and no list of all its pairs ever exists.
-        first, second = keep(rows[: len(rows) // 2]), rows[len(rows) // 2 :]
-        repeated[second] = np.where(repeated[second] < 0, search.first_partners(first, second), repeated[second])
-        return np.concatenate([first, keep(stay(second))])
-
+    staying, rows = rows[rows < fixed], rows[rows >= fixed]
     copies = sequences.first_copies(rows)
-    keep(rows[copies == rows])
+    undecided = rows[copies == rows]
+    repeated = np.full(len(sequences), -1, np.int32)  # the first row that a row repeats, if any
+    size = len(undecided)  # rows decided together
+    while len(undecided):
+        block, later = undecided[:size], undecided[size:]
+        most = math.inf if len(block) <= _LEAF else min(_MATCHES * len(block), _MOST_MATCHES)
+        first, pairs = search.earlier(block, staying, most)
+        if pairs is not None:
+            _drop(pairs, repeated)
+            stays, waits, size = repeated[block] < 0, np.zeros(len(block), bool), 2 * size
+        else:
+            # Too many pairs to hold. A row that repeats none stays, and one whose first is such a row goes. The others
+            # wait: the row that they repeat goes or waits itself, and may leave them a later one.
+            stays = first == block
+            goes = ~stays & np.isin(first, np.concatenate([staying, block[stays]]))
+            repeated[block[goes]] = first[goes]
+            waits = ~stays & ~goes
+            if waits.mean() > 0.5:
+                size = max(len(block) // 2, _LEAF)
+        staying = np.sort(np.concatenate([staying, block[stays]]))
+        undecided = np.concatenate([block[waits], later])
     # A copy repeats what the row that it copies repeats, or that row.
     others = np.where(repeated[copies] >= 0, repeated[copies], copies)
-    gone = (others != rows) & (rows >= fixed)
+    gone = others != rows
     return Matches(rows[gone], others[gone], sequences.f1(others[gone].astype(np.int64) << 32 | rows[gone]))
+
+
+def _drop(pairs: np.ndarray, repeated: np.ndarray) -> None:
+    """Writes into `repeated`, by row, the first row that stays and that a row repeats. pairs: all that are above."""
+    left, right = pairs >> 32, pairs & ROW
+    bounds = np.flatnonzero(np.diff(left, prepend=-1, append=-1)).tolist()
+    for start, end in itertools.pairwise(bounds):
+        if repeated[left[start]] < 0:
+            near = right[start:end]
+            repeated[near[repeated[near] < 0]] = left[start]
 
 
 def nearest(

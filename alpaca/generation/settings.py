@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from alpaca.common.cli import at_least_one
 from alpaca.common.errors import UserError
 from alpaca.common.shard import Shard
 
@@ -104,5 +105,4 @@ class Limits:
 
     def check(self) -> None:
         """Raises UserError for values that fit no run."""
-        if self.max_concurrency < 1:
-            raise UserError(f"--max_concurrency must be at least 1, found {self.max_concurrency}.")
+        at_least_one(max_concurrency=self.max_concurrency, max_requests_without_new=self.max_requests_without_new)

@@ -131,6 +131,16 @@ def changed_batch(folder: str, args: Any) -> str | None:
     )
 
 
+def without_optimizer(folder: str) -> str | None:
+    """A sentence where a checkpoint has no optimizer's state, as with --save_only_model."""
+    if any(True for pattern in ("optimizer*", "global_step*") for _ in Path(folder).glob(pattern)):
+        return None
+    return (
+        f"note: {Path(folder).name} has no optimizer's state (--save_only_model): the optimizer starts anew, so the "
+        "steps from here are not those of a run that never stopped"
+    )
+
+
 def rotate(output_dir: str | os.PathLike, keep: int | None, best: str | None = None) -> None:
     """Deletes all but the newest `keep` sealed checkpoints, unfinished ones older than those, and never `best`."""
     if not keep:

@@ -33,6 +33,7 @@ class SampleAnswers(TrainerCallback):
         self.tasks = load_tasks(path, require_output=False)
         self.prompts = encode_prompts(tokenizer, [format_prompt(task) for task in self.tasks])
         self.seconds, self.last = 0.0, []
+        self.by_step: dict[int, list[dict[str, Any]]] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = self.file(args)
@@ -44,8 +45,12 @@ class SampleAnswers(TrainerCallback):
         self.answer(args, state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self.last or self.last[0]["step"] != state.global_step:
-            self.answer(args, state.global_step)
+        # What is saved: with --load_best_model_at_end the model of an earlier step, which is loaded by now.
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        step = state.best_global_step if best else state.global_step
+        if step not in self.by_step:
+            self.answer(args, step)
+        self.last = self.by_step[step]
         share = self.seconds / max(self.trainer.report.totals["seconds"], 1e-9)
         self.say(f"sample answers took {self.seconds:.1f} s, {share:.1%} of the training time")
 
@@ -56,7 +61,7 @@ class SampleAnswers(TrainerCallback):
         begin = time.monotonic()
         texts = [self.continuation(ids) for ids in self.prompts]
         self.seconds += time.monotonic() - begin
-        self.last = [
+        self.last = self.by_step[step] = [
             {"step": step, "instruction": task["instruction"], "input": task["input"], **text}
             for task, text in zip(self.tasks, texts, strict=True)
         ]
@@ -78,8 +83,10 @@ class SampleAnswers(TrainerCallback):
             with torch.no_grad():
                 whole = model.generate(
                     input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=MAX_NEW_TOKENS,
-                    do_sample=False, use_cache=True, eos_token_id=self.tokenizer.eos_token_id,
+                    do_sample=False, num_beams=1, use_cache=True, eos_token_id=self.tokenizer.eos_token_id,
                     pad_token_id=self.tokenizer.pad_token_id,
+                    # Not those of the base's generation_config.json, as in inference.py.
+                    repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
                 )[0].tolist()  # fmt: skip
         finally:
             model.train(trained)

@@ -154,13 +154,21 @@ def test_a_bad_row_takes_no_good_one_with_it(run_script, tmp_path):
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_dedup_keeps_rows_as_they_stand(run_script, tmp_path, ending):
-    """Guards `dedup`: only duplicates and unreadable rows go, no filter and no repair touches the others."""
+    """Guards `dedup`: only duplicates and unreadable rows go, no filter and no repair touches the others. Instructions
+    without an answer are rows too."""
     path, output = tmp_path / "data.json", tmp_path / f"unique.{ending}"
-    rows = [*ROWS, {"instruction": "写", "instances": [{"input": "n/a", "output": ""}], "more": {"a": [1.5, None]}}]
+    unanswered = {"instruction": "Count all the birds on this roof."}
+    rows = [
+        *ROWS,
+        unanswered,
+        dict(unanswered),
+        {"instruction": "写", "instances": [{"input": "n/a", "output": ""}], "more": {"a": [1.5, None]}},
+    ]
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     done = run_script("generate_instruction.py", "dedup", path, "--output", output)
     gone = ("unreadable", "exact duplicate", "near duplicate")
-    want = [GOOD[0], GOOD[1], *[row for kind, row in BAD if kind not in gone], *[row for _, row in MARKERS], *rows[-2:]]
+    want = [GOOD[0], GOOD[1], *[row for kind, row in BAD if kind not in gone or row == BAD[0][1]]]
+    want += [*[row for _, row in MARKERS], GOOD[2], unanswered, rows[-1]]
     if ending == "json":
         assert output.read_text(encoding="utf-8") == json.dumps(want, ensure_ascii=False, indent=4)
     else:

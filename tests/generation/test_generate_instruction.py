@@ -530,6 +530,34 @@ def test_a_batch_whose_replies_hold_line_separators(tmp_path, server):
     assert by_batch and all(record["text"].endswith(" so\u2028it\x85ends") for record in by_batch)
 
 
+def test_a_first_request_that_is_refused_does_not_block_the_batch(tmp_path, server):
+    """Guards: a prompt that the server's policy refuses, which every later start asked first again."""
+    server.faults = lambda number, body: "policy" if number < 2 else None
+    generate(tmp_path / "run", server, 20, batch_api=True, batch_poll_seconds=0.01)
+    assert len(jload(tmp_path / "run" / "regen.json")) == 20
+    assert ["error" in record for record in replies(tmp_path / "run")][:3] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("policy", "5 requests before a batch failed"), ("empty", "were empty")]
+)
+def test_a_batch_is_not_submitted_behind_failures_alone(tmp_path, server, fault, message):
+    """Guards: a day's batch of empty replies, paid for."""
+    server.faults = lambda number, body: fault
+    with pytest.raises(UserError, match=message):
+        generate(tmp_path / "run", server, 20, batch_api=True, batch_poll_seconds=0.01)
+    assert not server.batches and len(replies(tmp_path / "run")) == 5
+
+
+def test_requests_without_a_reply_are_not_nothing_new(tmp_path, server):
+    """Guards: an expired batch, after which the run ended as if the model had no ideas left."""
+    server.faults = lambda number, body: "500" if 3 <= number < 12 else None
+    options = {"batch_api": True, "batch_poll_seconds": 0.01, "expected_tasks_per_request": 4.0}
+    generate(tmp_path / "run", server, 40, max_requests_without_new=4, **options)
+    assert len(jload(tmp_path / "run" / "regen.json")) == 40
+    assert "xxxxx" in "".join("x" if "error" in record else "." for record in replies(tmp_path / "run"))
+
+
 def test_a_batch_keeps_to_the_budget_and_reports_refusals(tmp_path, server):
     """The budget bounds a batch before it is submitted; a batch that fails as a whole says why."""
     options = {

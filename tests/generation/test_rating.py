@@ -94,6 +94,31 @@ def test_a_judge_that_gives_no_ratings_is_stopped(tmp_path):
         with pytest.raises(UserError, match="20 rows in a row got no rating.*rather not say"):
             rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=4)
         assert len(server.log) < 26
+        server.reply = "5 - fine"
+        asked = len(server.log)
+        rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=4)  # what was paid for stops nothing
+        assert len(server.log) == 60
+    ratings = [row["rating"] for row in read_jsonl(tmp_path / "rated" / "ratings.jsonl")]
+    assert ratings.count(None) == asked and ratings.count(5) == 60 - asked
+
+
+def test_equal_rows_are_paid_for_once_and_the_first_shows_the_cost(tmp_path):
+    """Guards: as many payments as equal rows that are asked for at a time, and a budget that eight replies of a judge
+    which ignores max_tokens overshoot."""
+    rows = [ROWS[0]] * 6 + [{**ROWS[0], "instruction": f"Explain the number {n} to me."} for n in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with FakeOpenAI(reply=judge, latency=0.05) as server:
+        rate(tmp_path / "rows.json", tmp_path / "rated", server, max_cost_usd=1, price_input=1, price_output=1)
+        assert len(server.log) == 4
+        assert server.log[0]["end"] <= min(request["begin"] for request in server.log[1:])
+    assert [row["rating"] for row in read_jsonl(tmp_path / "rated" / "ratings.jsonl")] == [5] * 9
+
+
+def test_a_run_of_generation_keeps_its_record(data, tmp_path):
+    """Guards: run.json of a generation, which `rate` into its folder replaced."""
+    (tmp_path / "responses.jsonl").write_text("")
+    with FakeOpenAI(reply=judge) as server, pytest.raises(UserError, match="holds a run of generation"):
+        rate(data, tmp_path, server)
 
 
 def test_rate_is_a_command(run_script, data, tmp_path):

@@ -252,12 +252,15 @@ def test_exactly_the_threshold_stays():
 
 
 def test_a_file_of_near_copies_stays_small(monkeypatch):
-    """Guards against a list of all pairs where one template fills a file: 20,000 near copies have 200 million pairs."""
+    """Guards against a list of all pairs where one template fills a file: 20,000 near copies have 200 million pairs.
+    They differ in length too."""
     compared = []
     f1 = pair_search.Sequences.f1
     monkeypatch.setattr(pair_search.Sequences, "f1", lambda self, pairs: compared.append(len(pairs)) or f1(self, pairs))
     monkeypatch.setattr(rouge, "_LEAF", 64)
-    texts = [f"translate the word number{i} into the french language please" for i in range(20_000)]
+    monkeypatch.setattr(rouge, "_MATCHES", 5)
+    words = ("", "quickly", "now quickly")
+    texts = [f"translate the word number{i} into the french language please {words[i % 3]}" for i in range(20_000)]
     assert len(repeats(texts)) == 19_999
     assert sum(compared) < 200_000
 

@@ -34,6 +34,16 @@ def test_newest_complete_is_resumed(tmp_path):
     assert checkpoint.checkpoint_to_resume("auto", tmp_path, say=lambda *_: None) == str(tmp_path / "checkpoint-100")
 
 
+def test_a_checkpoint_without_an_optimizer_is_said(tmp_path):
+    """Guards: --save_only_model, whose checkpoints went on with a new optimizer without a word."""
+    folder = make_checkpoint(tmp_path, 3)
+    assert checkpoint.without_optimizer(str(folder)) is None
+    (folder / "optimizer.pt").unlink()
+    assert "checkpoint-3 has no optimizer's state (--save_only_model)" in checkpoint.without_optimizer(str(folder))
+    (folder / "global_step3").mkdir()  # DeepSpeed's
+    assert checkpoint.without_optimizer(str(folder)) is None
+
+
 def test_auto_starts_anew_where_nothing_was_finished(tmp_path):
     """Guards: the same command with auto has to work for the first start of a job too."""
     make_checkpoint(tmp_path, 5, sealed=False)

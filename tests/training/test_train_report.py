@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import train_runs
 from conftest import ROOT
 from huggingface_hub import ModelCard
 
-from alpaca.common.files import read_jsonl, write_jsonl
+from alpaca.common.files import jload, read_jsonl, write_jsonl
 from alpaca.common.ports import free_port
 from alpaca.common.prompt import PROMPT_DICT, format_prompt
 from alpaca.training.data import load_rows, tokenize_dataset
@@ -94,16 +95,23 @@ def test_steps_after_the_last_log_line_count(finished, tiny_llama, tmp_path):
 
 
 def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
-    """With load_best_model_at_end the folder holds the best model, and the report gave the last step's loss."""
+    """With load_best_model_at_end the folder holds the best model, and the report gave the last step's figures.
+
+    The base's own repetition penalty is none of the answers'.
+    """
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    settings = {**jload(base / "generation_config.json"), "repetition_penalty": 9.0}
+    (base / "generation_config.json").write_text(json.dumps(settings))
     data = tiny_models.write_tasks(tmp_path / "data.json", 40)
     held_out = tiny_models.write_tasks(tmp_path / "held_out.json", 8, seed=5)
     # The rate is far too high, so that the first step is the best.
     more = [
         "--eval_data_path", held_out, "--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps",
         "--save_steps", 1, "--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type",
-        "constant", "--data_cache_dir", tmp_path / "tokens",
+        "constant", "--data_cache_dir", tmp_path / "tokens", "--sample_tasks", data,
     ]  # fmt: skip
-    run = train_runs.launch([*command(tiny_llama, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    run = train_runs.launch([*command(base, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
     report = json.loads((tmp_path / "out" / "train_report.json").read_text())
     lines = [line for line in read_jsonl(tmp_path / "out" / "train_log.jsonl") if "eval_loss" in line]
     best = min(lines, key=lambda line: line["eval_loss"])
@@ -112,10 +120,19 @@ def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
     assert f"step {best['step']}, the best one: held-out loss {best['eval_loss']:.4f}" in run.output
     (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", round(best["eval_loss"], 4))
+    from alpaca.answers.answering import answer_batch
     from alpaca.answers.held_out_loss import held_out_loss
     from alpaca.answers.loading import load_model
+    from alpaca.answers.sampling import Sampling
 
     model, tokenizer = load_model(str(tmp_path / "out"))
+    assert jload(tmp_path / "out" / "generation_config.json")["repetition_penalty"] == 9.0
+    shown = report["sample_answers"][:6]
+    assert {row["step"] for row in shown} == {best["step"]}
+    assert len(read_jsonl(tmp_path / "out" / "sample_answers.jsonl")) == 5 * 40
+    for row in shown:
+        (answer,) = answer_batch(model, tokenizer, [row], Sampling(max_new_tokens=64))
+        assert row["answer"] == answer.text
     saved = held_out_loss(model, tokenizer, load_rows(str(held_out)))["loss"]
     assert saved == pytest.approx(best["eval_loss"], rel=1e-4)
 
