@@ -164,6 +164,9 @@ def code_problem(output: str) -> str | None:
 _NUMERAL = r"[-−]?[$€£]?\d[\d,]*+(?:\.\d++)?%?"
 _TERM = rf"\(*+[ \t]*+{_NUMERAL}[ \t]*+\)*+"
 _SUM = re.compile(rf"({_TERM}(?:[ \t]*+[-+*/×÷−x][ \t]*+{_TERM})++)[ \t]*([=≈])[ \t]*({_NUMERAL})")
+_TERM_BEFORE = re.compile(
+    r"(?i)(?:\w|[.+*/×÷−=(^√,²³…-]\s*|\b(?:[a-z]|log|ln|sin|cos|tan|sqrt|root|of|and|or|plus|minus|times|by|over|mod)\s+)$"
+)
 _LATEX = ((r"\\times|\\cdot", "×"), (r"\\div", "÷"), (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
           (r"\\approx", "≈"), (r"\\[()\[\],;]|\\text\{[^{}]*\}", " "))  # fmt: skip
 
@@ -175,7 +178,7 @@ def wrong_sum(text: str) -> str | None:
     text = re.sub(rf"({_NUMERAL})[ \t]+of[ \t]+({_NUMERAL})(?=[ \t]*=)", r"\1 × \2", text)
     for found in _SUM.finditer(text):
         # A part of a longer term says nothing: "2x + 5 = 20", "√4 + 5 = 7", "... × 41 = 9", "8 = 2(x + 1)".
-        if re.search(r"[\w.+*/×÷−=(^√,²³…-]\s*$", text[: found.start()]):
+        if _TERM_BEFORE.search(text[: found.start()]):
             continue
         if re.match(r"[\w^²³!]|\.\d|\s*[-+*/×÷−(]\s*[\w(]|\s*[:√]\s*\d", text[found.end() :]):
             continue
