@@ -27,6 +27,7 @@ def row_problem(row: Mapping[str, str]) -> str | None:
     checks = (
         speaks_as_a_model(output),
         asks_back(output),
+        placeholder(instruction, output),
         input_problem(instruction, given),
         asks_the_reader(instruction, given),
         loop(instruction, output),
@@ -42,7 +43,8 @@ def row_problem(row: Mapping[str, str]) -> str | None:
 def speaks_as_a_model(output: str) -> str | None:
     spoken = re.search(
         r"(?i)\b(?:as|I am|I'm) an? (?:\w+ )?(?:AI|artificial intelligence|language model|chatbot)\b(?!-)|"
-        r"\bmy (?:training data|knowledge cutoff)\b|\bcreated by Alibaba\b|\bI(?:'m| am) Qwen\b",
+        r"\bmy (?:training data|knowledge cutoff|last (?:update|training))\b|\bcreated by Alibaba\b|"
+        r"\bI(?:'m| am) Qwen\b",
         output,
     )
     return "speaks as a model" if spoken else None
@@ -60,6 +62,17 @@ def asks_back(output: str) -> str | None:
     return "asks for more" if _ASKS_BACK.search(output) and len(output.split()) < 80 else None
 
 
+def placeholder(instruction: str, output: str) -> str | None:
+    """A text with "[specific topic]" where its matter should stand. Names and dates may be left open."""
+    if re.search(r"(?i)\b(?:template|form|placeholders?|fill|brackets?)\b", instruction):
+        return None
+    found = re.search(
+        r"(?i)\[(?:insert|specific|topic|subject|describe|mention|details?|example)\b[^\]\n]{0,60}\](?!\()",
+        output,
+    )
+    return "a placeholder stands for text" if found else None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a task speaks of.
 
@@ -74,7 +87,10 @@ _POINTS_AT_MATERIAL = re.compile(
 
 
 def input_problem(instruction: str, given: str) -> str | None:
-    """Where an instruction points at a text that is neither in the input nor in the instruction itself."""
+    """Where an instruction points at a text that is neither in the input nor in the instruction itself, or the input
+    goes on into another task."""
+    if re.search(r"(?im)^\s*\d+\.\s*(?:instruction|input|output):", given):
+        return "its input holds another task"
     pointed = None if given else _POINTS_AT_MATERIAL.search(instruction)
     # Material inside the instruction stands behind a colon or a dash, in quotation marks, in brackets, or is a number.
     own = re.search(r"[:–-]\s*\S|[\"“'‘`\[{(]\S|\d", instruction[pointed.end() :]) if pointed else None
@@ -93,7 +109,7 @@ _ASKS_THE_READER = re.compile(
 )
 _HERE_AND_NOW = re.compile(
     rf"(?i){_QUESTION}[^.?:\"]*\b(?:in|on|of|is|are|does|do) (?:this|these) (?!two|three|year|month|week|century|case)"
-    rf"[a-z]+\b[^.:\"]*\?$|{_QUESTION}[^.?:\"]*\b(?:today|right now|at the moment)\?$"
+    rf"[a-z]+\b[^.:\"]*\?$|{_QUESTION}[^.?:\"]*\bis this\?|{_QUESTION}[^.?:\"]*\b(?:today|right now|at the moment)\?$"
 )
 
 
@@ -128,9 +144,10 @@ def loop(instruction: str, output: str) -> str | None:
 
 
 def _repeated_points(lines: Sequence[str]) -> bool:
-    """Whether a list of five points or more has a fifth of its points twice."""
+    """Whether a list of five points or more has a fifth of its points twice, or a numbered one a tenth."""
     points = [found[1] for line in lines if (found := re.fullmatch(r"(?:\d+[.)]|[-*•])\s+(.{3,})", line))]
-    return len(points) >= 5 and 5 * (len(points) - len(set(points))) >= len(points)
+    numbered = not any(line.startswith(("-", "*", "•")) for line in lines)
+    return len(points) >= 5 and (10 if numbered else 5) * (len(points) - len(set(points))) >= len(points)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
