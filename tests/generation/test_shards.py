@@ -116,7 +116,7 @@ def test_folders_that_are_no_shards_of_one_run_are_refused(tmp_path, server):
     generate(tmp_path / "other", server, 8, shard="1/2")
     (tmp_path / "other" / "shard_1").rename(tmp_path / "shard_c")
     (tmp_path / "shard_a").rename(tmp_path / "another")
-    with pytest.raises(UserError, match="no shards of one run:\n.*--shard: None, now 0/2"):
+    with pytest.raises(UserError, match="no shards of one run:\n.*--shard: default, now 0/2"):
         generate_instruction.rebuild(str(tmp_path / "out"), shards=str(tmp_path / "shard_*"))
     with pytest.raises(UserError, match="names no folder"):
         generate_instruction.rebuild(str(tmp_path / "out"), shards=str(tmp_path / "none_*"))
