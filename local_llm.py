@@ -27,7 +27,7 @@ from typing import Any
 from alpaca.answers.model_paths import find_gguf
 from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
-from alpaca.common.files import atomic_dir, atomic_write
+from alpaca.common.files import atomic_dir, atomic_write, is_inside
 from alpaca.common.ports import free_port
 from alpaca.common.run_record import run_record
 
@@ -138,6 +138,8 @@ def export_hf(output_dir: str, gguf: str | None = None, dtype: str = "float32", 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype must be float32 or bfloat16, not {dtype!r}")
     path = find_gguf(gguf)
+    if is_inside(path, output_dir):
+        raise UserError(f"--output_dir {output_dir} holds {path}, from which it is made. Choose another folder.")
     settings = {"output_dir": output_dir, "gguf": str(path), "dtype": dtype, "overwrite": overwrite}
     with atomic_dir(output_dir, overwrite) as folder, run_record(folder, settings, [path]) as record:
         from alpaca.answers.gguf_export import export

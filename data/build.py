@@ -138,14 +138,18 @@ def pack(journal: str, output_dir: str = str(ROOT / "data"), part_bytes: int = P
         raise UserError(f"no file {path} for --journal; it is the responses.jsonl of a run.")
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]  # a last line without its end was torn by a crash
-    parts = compressed_parts(whole, part_bytes)
-    for old in Path(output_dir).glob("responses-*.jsonl.gz"):
-        old.unlink()
-    for number, data in enumerate(parts, start=1):
+    if not whole:
+        raise UserError(f"--journal {path} holds no whole line; the parts in {output_dir} stay as they are.")
+    # The old parts go last: what they hold was paid for.
+    surplus = set(Path(output_dir).glob("responses-*.jsonl.gz"))
+    for number, data in enumerate(compressed_parts(whole, part_bytes), start=1):
         target = Path(output_dir) / f"responses-{number:02d}.jsonl.gz"
+        surplus.discard(target)
         with atomic_write(target, "wb") as stream:
             stream.write(data)
         print(f"{target}: {len(data):,} bytes, sha256 {sha256_file(target)}")
+    for old in surplus:
+        old.unlink()
 
 
 def compressed_parts(journal: bytes, part_bytes: int) -> list[bytes]:

@@ -190,6 +190,14 @@ def test_export_is_a_plain_tied_checkpoint(exported, run_script):
     assert [p.name for p in exported.parent.iterdir()] == [exported.name]  # nothing half-written beside it
 
 
+def test_an_export_does_not_replace_its_source(run_script, tmp_path):
+    """Guards: --overwrite True into the model's own folder, which removed the model and all that lay beside it."""
+    (tmp_path / "my.gguf").write_bytes(b"GGUF")
+    flags = ["export_hf", "--gguf", tmp_path / "my.gguf", "--output_dir", tmp_path, "--overwrite", "True"]
+    assert "from which it is made" in run_script("local_llm.py", *flags, status=2).stderr
+    assert (tmp_path / "my.gguf").read_bytes() == b"GGUF"
+
+
 def test_export_encodes_and_answers_as_the_server_does(exported, server):
     """The two ways to the same weights must agree: transformers' reader forgets that digits are cut off first."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
+from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
 from alpaca.common.run_record import sha256_file
 
@@ -99,6 +100,12 @@ def test_a_packed_journal_gives_the_same_journal(tmp_path):
     sums = [sha256_file(part) for part in parts]
     build.pack(str(tmp_path / "responses.jsonl"), str(tmp_path / "parts"), part_bytes=1200)
     assert [sha256_file(part) for part in parts] == sums
+    (tmp_path / "empty.jsonl").write_text('{"torn')
+    with pytest.raises(UserError, match="holds no whole line"):  # the old parts were removed first
+        build.pack(str(tmp_path / "empty.jsonl"), str(tmp_path / "parts"))
+    assert [sha256_file(part) for part in parts] == sums
+    build.pack(str(tmp_path / "responses.jsonl"), str(tmp_path / "parts"))
+    assert [part.name for part in (tmp_path / "parts").iterdir()] == ["responses-01.jsonl.gz"]
 
 
 def test_the_hub_folder_loads(tmp_path, run_script):
