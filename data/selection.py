@@ -63,11 +63,11 @@ def asks_back(output: str) -> str | None:
 
 
 def placeholder(instruction: str, output: str) -> str | None:
-    """A text with "[specific topic]" where its matter should stand. Names and dates may be left open."""
+    """A text with "[specific topic]" where its matter should stand. A plain "[name]" or "[date]" may be left open."""
     if re.search(r"(?i)\b(?:template|form|placeholders?|fill|brackets?)\b", instruction):
         return None
     found = re.search(
-        r"(?i)\[(?:insert|specific|topic|subject|describe|mention|details?|example)\b[^\]\n]{0,60}\](?!\()",
+        r"(?i)(?<!\w)\[(?:insert|specific|topic|subject|describe|mention|details?|example)\b[^\]\n]{0,60}\](?!\()",
         output,
     )
     return "a placeholder stands for text" if found else None

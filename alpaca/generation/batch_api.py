@@ -104,7 +104,7 @@ class BatchRun(Run):
 
         None where the budget does not reach.
         """
-        settings, failures = self.prompter.settings, 0
+        settings, failures, empty = self.prompter.settings, 0, 0
         while True:
             first = self._next_index()
             prompt, names = self._prompt(first)
@@ -118,14 +118,15 @@ class BatchRun(Run):
             if fields.get("text", "").strip():
                 break
             # A refusal may be this prompt's alone, but a batch of empty replies would be paid for.
-            failures += 1
+            failures, empty = failures + 1, empty + ("text" in fields)
             if failures == FEW_IN_A_ROW:
-                if "text" in fields:
+                if empty == failures:
                     raise UserError(empty_replies(fields, failures))
-                raise UserError(f"{failures} requests before a batch failed, the last one with: {fields['error']}")
+                reason = fields.get("error", "an empty reply")
+                raise UserError(f"{failures} requests before a batch failed, the last one with: {reason}")
 
         made = len(self.harvest.tasks) - self.harvest.imported
-        rate = (made + self.limits.expected_tasks_per_request) / (len(self.harvest.kept_after) + 1)
+        rate = (made + self.limits.expected_tasks_per_request) / (len(self._answered) + 1)  # failures say nothing
         wanted = math.ceil((self.harvest.target - len(self.harvest.tasks)) / max(rate, 0.05))
         if settings.sample_from_generated:
             wanted = min(wanted, settings.sample_lag - 1)

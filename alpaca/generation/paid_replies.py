@@ -41,6 +41,7 @@ class PaidReplies:
         self._known = {record["key"]: record for record in journal.records if "key" in record and usable(record)}
         self.earlier = frozenset(self._known)
         self._reservation_ended = asyncio.Condition()
+        self._under_way = 0  # requests with a reservation; sums of dollars need not come back to 0.0
         self._of_one_key: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def reply(self, prompt: str) -> dict[str, Any]:
@@ -53,14 +54,17 @@ class PaidReplies:
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         async with self._of_one_key[key], self.slots:  # rows can be equal: the second waits for the first one's reply
             if key in self._known:
-                self.cached += 1
-                self.cost_of_cached += self.budget.price.cost(self._known[key]["usage"]) if self.budget.price else 0.0
+                if key in self.earlier:
+                    self.cached += 1
+                    price = self.budget.price
+                    self.cost_of_cached += price.cost(self._known[key]["usage"]) if price else 0.0
                 return self._known[key]
             most = await self._reserve(prompt)
             try:
                 return await self._ask(key, prompt)
             finally:  # only now, when the reply's cost is counted: else another request would take its place
                 self.budget.reserved -= most
+                self._under_way -= 1
                 async with self._reservation_ended:
                     self._reservation_ended.notify_all()
 
@@ -95,7 +99,7 @@ class PaidReplies:
             # The first reply shows what a request costs at a server that ignores max_tokens.
             budget = self.budget
             await self._reservation_ended.wait_for(
-                lambda: not budget.reserved or (budget.affords(most) and (budget.limit is None or budget.longest_reply))
+                lambda: not self._under_way or (budget.affords(most) and (budget.limit is None or budget.longest_reply))
             )
             if not self.budget.affords(most):
                 raise UserError(
@@ -103,4 +107,5 @@ class PaidReplies:
                     f"{self.journal.path}; the same command with a higher --max_cost_usd goes on."
                 )
             self.budget.reserved += most
+            self._under_way += 1
         return most

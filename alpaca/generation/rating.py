@@ -100,7 +100,7 @@ async def rate_rows(
     replies = PaidReplies(client, journal, budget, PROMPT_VERSION, max_concurrency)
     ratings = Ratings([], replies)
     rated: dict[int, dict[str, Any]] = {}
-    failures = 0
+    failures, counted = 0, set(replies.earlier)  # a reply counts once, where it was asked for now
 
     async def rate_one(number: int, task: Mapping[str, str]) -> None:
         nonlocal failures
@@ -112,7 +112,8 @@ async def rate_rows(
         except RequestFailed as error:
             row["reason"] = f"{error.kind}: {error}"
         else:
-            new = reply["key"] not in replies.earlier
+            new = reply["key"] not in counted
+            counted.add(reply["key"])
             if found := read_rating(reply["reply"]):
                 row["rating"], row["reason"] = found
             else:

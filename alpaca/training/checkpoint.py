@@ -136,8 +136,8 @@ def without_optimizer(folder: str) -> str | None:
     if any(True for pattern in ("optimizer*", "global_step*") for _ in Path(folder).glob(pattern)):
         return None
     return (
-        f"note: {Path(folder).name} has no optimizer's state (--save_only_model): the optimizer starts anew, so the "
-        "steps from here are not those of a run that never stopped"
+        f"note: {Path(folder).name} has no optimizer's state (--save_only_model): the optimizer and its learning-rate "
+        "schedule start anew, so the steps from here are not those of a run that never stopped"
     )
 
 

@@ -34,12 +34,15 @@ class SampleAnswers(TrainerCallback):
         self.prompts = encode_prompts(tokenizer, [format_prompt(task) for task in self.tasks])
         self.seconds, self.last = 0.0, []
         self.by_step: dict[int, list[dict[str, Any]]] = {}
+        self.written: set[int] = set()  # steps in the file, on the first process
 
     def on_train_begin(self, args, state, control, **kwargs):
         file = self.file(args)
         if args.process_index == 0:  # a resumed run keeps the answers up to its checkpoint
             earlier = read_records(file) if state.global_step and file.is_file() else []
-            write_jsonl(file, [row for row in earlier if row["step"] <= state.global_step])
+            earlier = [row for row in earlier if row["step"] <= state.global_step]
+            self.written = {row["step"] for row in earlier}
+            write_jsonl(file, earlier)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.answer(args, state.global_step)
@@ -47,7 +50,7 @@ class SampleAnswers(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         # What is saved: with --load_best_model_at_end the model of an earlier step, which is loaded by now.
         best = args.load_best_model_at_end and state.best_model_checkpoint
-        step = state.best_global_step if best else state.global_step
+        step = int(state.best_model_checkpoint.rsplit("-", 1)[1]) if best else state.global_step
         if step not in self.by_step:
             self.answer(args, step)
         self.last = self.by_step[step]
@@ -65,7 +68,8 @@ class SampleAnswers(TrainerCallback):
             {"step": step, "instruction": task["instruction"], "input": task["input"], **text}
             for task, text in zip(self.tasks, texts, strict=True)
         ]
-        if args.process_index == 0:
+        if args.process_index == 0 and step not in self.written:  # a resumed run can come back to an earlier best step
+            self.written.add(step)
             with open(self.file(args), "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.last)
             for row in self.last:

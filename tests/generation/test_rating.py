@@ -114,6 +114,28 @@ def test_equal_rows_are_paid_for_once_and_the_first_shows_the_cost(tmp_path):
     assert [row["rating"] for row in read_jsonl(tmp_path / "rated" / "ratings.jsonl")] == [5] * 9
 
 
+def test_a_spent_budget_ends_a_run_of_many_requests(tmp_path):
+    """Guards: reservations of unequal prompts, whose sum did not come back to 0.0, so that all waited for nobody."""
+    rows = [{**ROWS[0], "instruction": f"Explain the number {n} to me {'again ' * (n * 7 % 31)}."} for n in range(300)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with FakeOpenAI(reply=judge, latency=lambda rng: rng.uniform(0, 0.01)) as server:
+        prices = {"max_cost_usd": 0.0137, "price_input": 0.7, "price_output": 0.3}
+        with pytest.raises(UserError, match="budget of .* is spent"):
+            rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=8, **prices)
+        assert 8 < len(server.log) < 300
+
+
+def test_copies_of_one_bad_reply_are_one_failure(tmp_path, capsys):
+    """Guards: a judge stopped for one reply without a rating, which 25 equal rows shared."""
+    bad = {**ROWS[3]}
+    rows = [bad] * 25 + [{**ROWS[0], "instruction": f"Explain the number {n} to me."} for n in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with FakeOpenAI(reply=judge) as server:
+        rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=4)
+        assert len(server.log) == 6
+    assert "6 replies asked, 0 kept from before" in capsys.readouterr().out
+
+
 def test_a_run_of_generation_keeps_its_record(data, tmp_path):
     """Guards: run.json of a generation, which `rate` into its folder replaced."""
     (tmp_path / "responses.jsonl").write_text("")
