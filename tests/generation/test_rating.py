@@ -1,5 +1,6 @@
 """rate and clean --ratings: a judge rates each row once, and the good rows stay."""
 
+import asyncio
 import json
 
 import pytest
@@ -8,6 +9,10 @@ from fake_openai import FakeOpenAI
 import generate_instruction
 from alpaca.common.errors import UserError
 from alpaca.common.files import jload, read_jsonl
+from alpaca.common.journal import Journal
+from alpaca.generation.client import ModelClient
+from alpaca.generation.paid_replies import PaidReplies
+from alpaca.generation.prices import Budget, Price
 from alpaca.generation.rating import rating_prompt, read_rating
 
 ROWS = [
@@ -114,15 +119,19 @@ def test_equal_rows_are_paid_for_once_and_the_first_shows_the_cost(tmp_path):
     assert [row["rating"] for row in read_jsonl(tmp_path / "rated" / "ratings.jsonl")] == [5] * 9
 
 
-def test_a_spent_budget_ends_a_run_of_many_requests(tmp_path):
+def test_a_spent_budget_ends_the_wait(tmp_path):
     """Guards: reservations of unequal prompts, whose sum did not come back to 0.0, so that all waited for nobody."""
-    rows = [{**ROWS[0], "instruction": f"Explain the number {n} to me {'again ' * (n * 7 % 31)}."} for n in range(300)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    with FakeOpenAI(reply=judge, latency=lambda rng: rng.uniform(0, 0.01)) as server:
-        prices = {"max_cost_usd": 0.0137, "price_input": 0.7, "price_output": 0.3}
-        with pytest.raises(UserError, match="budget of .* is spent"):
-            rate(tmp_path / "rows.json", tmp_path / "rated", server, max_concurrency=8, **prices)
-        assert 8 < len(server.log) < 300
+    budget = Budget(Price(1.0, 1.0), limit=1e-9, reserved=(0.1 + 0.2) - 0.2 - 0.1)
+    assert budget.reserved != 0
+
+    async def ask() -> None:
+        with Journal(tmp_path / "replies.jsonl") as journal, FakeOpenAI(reply=judge) as server:
+            client = ModelClient("judge", server.base_url, "auto", max_tokens=100)
+            replies = PaidReplies(client, journal, budget, "1", 8)
+            await asyncio.wait_for(replies.reply("Rate this."), 10)
+
+    with pytest.raises(UserError, match="budget of .* is spent"):
+        asyncio.run(ask())
 
 
 def test_copies_of_one_bad_reply_are_one_failure(tmp_path, capsys):
