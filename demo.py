@@ -62,7 +62,8 @@ def demo(
         check_model(path)
     # Gradio would ask its makers' server for news, and reach its own page through a proxy where one is set.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["NO_PROXY"] = f"{os.environ.get('NO_PROXY', '')},127.0.0.1".lstrip(",")
+    for name in ("NO_PROXY", "no_proxy"):  # where both are set, programs disagree which one counts
+        os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1".lstrip(",")
 
     from alpaca.answers import demo_page
 

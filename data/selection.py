@@ -181,9 +181,6 @@ def code_problem(output: str) -> str | None:
 _NUMERAL = r"[-−]?[$€£]?\d[\d,]*+(?:\.\d++)?%?"
 _TERM = rf"\(*+[ \t]*+{_NUMERAL}[ \t]*+\)*+"
 _SUM = re.compile(rf"({_TERM}(?:[ \t]*+[-+*/×÷−x][ \t]*+{_TERM})++)[ \t]*([=≈])[ \t]*({_NUMERAL})")
-_TERM_BEFORE = re.compile(
-    r"(?i)(?:\w|[.+*/×÷−=(^√,²³…-]\s*|\b(?:[a-z]|log|ln|sin|cos|tan|sqrt|root|of|and|or|plus|minus|times|by|over|mod)\s+)$"
-)
 _LATEX = ((r"\\times|\\cdot", "×"), (r"\\div", "÷"), (r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"(\1)/(\2)"),
           (r"\\approx", "≈"), (r"\\[()\[\],;]|\\text\{[^{}]*\}", " "))  # fmt: skip
 
@@ -195,7 +192,7 @@ def wrong_sum(text: str) -> str | None:
     text = re.sub(rf"({_NUMERAL})[ \t]+of[ \t]+({_NUMERAL})(?=[ \t]*=)", r"\1 × \2", text)
     for found in _SUM.finditer(text):
         # A part of a longer term says nothing: "2x + 5 = 20", "√4 + 5 = 7", "... × 41 = 9", "8 = 2(x + 1)".
-        if _TERM_BEFORE.search(text[: found.start()]):
+        if _goes_on(text[: found.end(1) - len(found[1].lstrip())]):
             continue
         if re.match(r"[\w^²³!]|\.\d|\s*[-+*/×÷−(]\s*[\w(]|\s*[:√]\s*\d", text[found.end() :]):
             continue
@@ -208,6 +205,17 @@ def wrong_sum(text: str) -> str | None:
         if abs(left - right) > (1e-9 if exact else rounding + (0.01 * abs(right) if found[2] == "≈" else 1e-9)):
             return "a sum is wrong"
     return None
+
+
+_WORDS_BEFORE = "is are be was so then get gets gives makes have has pays costs total therefore thus that".split()
+
+
+def _goes_on(before: str) -> bool:
+    """Whether a sum goes on from the text before it. Most words may say so: "twice 2 + 3", "the log 100 + 1"."""
+    if re.search(r"[\w.]\Z|(?:[+*/×÷−=(^√,²³…-]|\.\.)\s*\Z", before):
+        return True
+    word = re.search(r"(\w+)[ \t]+\Z", before)
+    return bool(word) and word[1].lower() not in _WORDS_BEFORE
 
 
 def _value(side: str) -> float | None:

@@ -49,7 +49,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    # Half a character, which JSON can hold, must not stop a file whose content took hours.
+    options = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n", "errors": "backslashreplace"}
     descriptor, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with named_in_errors(path), os.fdopen(descriptor, mode, **options) as stream:

@@ -100,31 +100,10 @@ class BatchRun(Run):
         return {"kind": "reply", "index": index, "examples": names, "first_number": self.prompter.first_number}
 
     async def _make_plan(self) -> dict[str, Any] | None:
-        """Asks the first request directly, which shows what the model accepts, and plans the rest as a batch.
-
-        None where the budget does not reach.
-        """
-        settings, failures, empty = self.prompter.settings, 0, 0
-        while True:
-            first = self._next_index()
-            prompt, names = self._prompt(first)
-            if not self.budget.affords(self.budget.most(prompt, self.client.max_tokens)):
-                return None
-            try:
-                fields = reply_fields(await self.client.ask(prompt, self.prompter.stop))
-            except RequestFailed as error:
-                fields = failure_fields(error)
-            self._journal([self._record(first, names) | fields])
-            if fields.get("text", "").strip():
-                break
-            # A refusal may be this prompt's alone, but a batch of empty replies would be paid for.
-            failures, empty = failures + 1, empty + ("text" in fields)
-            if failures == FEW_IN_A_ROW:
-                if empty == failures:
-                    raise UserError(empty_replies(fields, failures))
-                reason = fields.get("error", "an empty reply")
-                raise UserError(f"{failures} requests before a batch failed, the last one with: {reason}")
-
+        """Asks a first request directly, and plans the rest as a batch. None where the budget does not reach."""
+        settings, first = self.prompter.settings, await self._ask_first()
+        if first is None:
+            return None
         made = len(self.harvest.tasks) - self.harvest.imported
         rate = (made + self.limits.expected_tasks_per_request) / (len(self._answered) + 1)  # failures say nothing
         wanted = math.ceil((self.harvest.target - len(self.harvest.tasks)) / max(rate, 0.05))
@@ -147,6 +126,31 @@ class BatchRun(Run):
         if count:
             self._journal([plan])
         return plan
+
+    async def _ask_first(self) -> int | None:
+        """The number of the first request with a reply, which shows what the model accepts; None beyond the budget.
+
+        Raises UserError after FEW_IN_A_ROW without one: a refusal may be one prompt's alone, but a batch of empty
+        replies would be paid for.
+        """
+        failures = []
+        while len(failures) < FEW_IN_A_ROW:
+            index = self._next_index()
+            prompt, names = self._prompt(index)
+            if not self.budget.affords(self.budget.most(prompt, self.client.max_tokens)):
+                return None
+            try:
+                fields = reply_fields(await self.client.ask(prompt, self.prompter.stop))
+            except RequestFailed as error:
+                fields = failure_fields(error)
+            self._journal([self._record(index, names) | fields])
+            if fields.get("text", "").strip():
+                return index
+            failures.append(fields)
+        if all("text" in fields for fields in failures):
+            raise UserError(empty_replies(fields, len(failures)))
+        reason = fields.get("error", "an empty reply")
+        raise UserError(f"{len(failures)} requests before a batch failed, the last one with: {reason}")
 
     def _next_index(self) -> int:
         shard, last = self.prompter.settings.shard, max((r["index"] for r in self._records("reply")), default=-1)

@@ -49,8 +49,8 @@ class SampleAnswers(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         # What is saved: with --load_best_model_at_end the model of an earlier step, which is loaded by now.
-        best = args.load_best_model_at_end and state.best_model_checkpoint
-        step = int(state.best_model_checkpoint.rsplit("-", 1)[1]) if best else state.global_step
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        step = int(best.rsplit("-", 1)[1]) if best else state.global_step
         if step not in self.by_step:
             self.answer(args, step)
         self.last = self.by_step[step]

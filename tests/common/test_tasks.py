@@ -6,7 +6,7 @@ import pytest
 
 from alpaca.common import tasks
 from alpaca.common.errors import UserError
-from alpaca.common.files import jload
+from alpaca.common.files import jdump, jload, write_jsonl
 from alpaca.common.tasks import iter_rows, load_tasks, read_rows
 
 ROWS = [
@@ -22,6 +22,14 @@ def test_encodings(tmp_path, encoding, name, text):
     """Files saved by Windows programs begin with a byte-order mark or are UTF-16; both ended in a decoding error."""
     (tmp_path / name).write_bytes(text.encode(encoding))
     assert load_tasks(tmp_path / name) == list(iter_rows(tmp_path / name)) == ROWS
+
+
+@pytest.mark.parametrize("write", [write_jsonl, jdump])
+def test_half_a_character_is_written(tmp_path, write):
+    """JSON can hold a lone surrogate, in a further column too: it ended a run when all its answers were there."""
+    rows = [{**ROWS[0], "note": "cut \ud83d"}]
+    write(*((tmp_path / "out.json", rows) if write is write_jsonl else (rows, tmp_path / "out.json")))
+    assert read_rows(tmp_path / "out.json") == rows
 
 
 def test_csv_and_parquet(tmp_path):

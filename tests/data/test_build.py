@@ -75,6 +75,12 @@ def test_a_failing_check_is_told(tmp_path, run_script, output):
     assert "plus_one" in told and "1 of 1 rows executed or recomputed, 1 failed" in told
 
 
+def test_a_program_that_ends_itself_ends_no_check():
+    """A row's sys.exit(0) ended the whole check with status 0, and no later row was looked at."""
+    row = {"output": "```python\nimport sys\nsys.exit(0)\n```", "check": "run_python(code(output))"}
+    assert load_script("verify_rows").verify(row) == "SystemExit: 0"
+
+
 def test_a_check_does_not_delete():
     """`make data` runs the checks on the machine of whoever types it."""
     verify_rows = load_script("verify_rows")

@@ -22,6 +22,8 @@ def test_no_row_of_the_project_is_rejected():
         ("a sum is wrong", "What do three tickets cost?", "", "3 × $4.50 = $13.00."),
         ("a sum is wrong", "What is a fifth of 60?", "", r"\( \frac{60}{5} \) = 15, and 20% of 60 = 15"),
         ("a sum is wrong", "What is the mean of 4 and 10?", "", "The mean is (4 + 10) / 2 = 8."),
+        ("a sum is wrong", "What do both cost?", "", "The total is 3 + 4 = 8."),
+        ("a sum is wrong", "What do both cost?", "", "The total\n3 + 4 = 8"),
         ("code that does not parse", "Write a function that doubles.", "", "```python\ndef f(x) return 2 * x\n```"),
         ("code that does not parse", "Give the record as JSON.", "", '```json\n{"a": 1,}\n```'),
         ("code fence without its end", "Show a loop.", "", "```python\nfor i in x: pass"),
@@ -62,6 +64,7 @@ def test_a_planted_fault_is_named(problem, instruction, given, output):
     [
         "2x + 5 = 20, so 2x = 15", "√(3² + 4²) = 5", "84 = 2² × 3 × 7 and 2 × 3² × 7 = 126", "9 V − 2 V = 7 V",
         "365/364 × ... × 343/365 ≈ 0.493", "10 ÷ 3 = 3.33", "7 ÷ 3 = 2 remainder 1", "18% of 50 = 9", "007 + 1 = 8",
+        "twice 2 + 3 = 10", "x squared 3 + 4 = 13", "negative 3 + 5 = 2", "log₂ 8 + 1 = 4", "x+ 3 + 4 = 10",
         "a sum of 3 and 4 + 5 = 12", "the log 100 + 1 = 3", "y 2 + 3 = 7", "20 minus 4 + 1 = 15",
     ],
 )  # fmt: skip
