@@ -95,6 +95,15 @@ def read_params(path: Path) -> dict:
         value = params.get(key) if isinstance(params, dict) else None
         if not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{path} has no number {key} above 0: these are not LLaMA 1's files, or they are damaged.")
+    # Code Llama and later models say more; Llama 2 differs from LLaMA 1 in the epsilon of its two smaller sizes.
+    newer = [f"{key} {params[key]}" for key in ("rope_theta", "ffn_dim_multiplier", "use_scaled_rope") if key in params]
+    if params["dim"] in (4096, 5120) and params["norm_eps"] == 1e-5:
+        newer.append("norm_eps 1e-05")
+    if newer:
+        raise UserError(
+            f"{path} has {', '.join(newer)}: these are a later model's files, not LLaMA 1's. Fetch that model in the "
+            "transformers format, which weight_diff.py takes as it is."
+        )
     if params.get("n_kv_heads", params["n_heads"]) != params["n_heads"]:
         raise UserError(
             f"{path} has {params['n_kv_heads']} key heads for {params['n_heads']} query heads; this converter is for "

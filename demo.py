@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from alpaca.answers.model_paths import check_model
 from alpaca.answers.moderation import load_filter
@@ -56,6 +57,9 @@ def demo(
     """
     at_least_one(max_input_chars=max_input_chars, max_new_tokens=max_new_tokens, max_queue=max_queue)
     check = load_filter(filter) if filter else None
+    if log_path:  # a place that cannot be written is found here, not at the first answer
+        Path(log_path).parent.mkdir(parents=True, exist_ok=True)
+        Path(log_path).open("a").close()
     port = free_port(port)
     paths = [path for path in (model_name_or_path, compare) if path]
     for path in paths:

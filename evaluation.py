@@ -13,6 +13,7 @@ Task files: this project's, alpaca_data.json, Self-Instruct's 252 user-oriented 
 AlpacaEval's annotations.json too.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -249,26 +250,30 @@ def report(
     rows = win_rate.load_annotations(annotations, generator_1, generator_2)
     if tasks:
         rows = win_rate.with_categories(rows, load_tasks(tasks, require_output=False))
-    figures = win_rate.summarise(rows, resamples, seed, instruction_difficulty)
     folder = Path(annotations) if Path(annotations).is_dir() else Path(annotations).parent
     summary = None
     if (folder / "judge.json").is_file():
         summary = jload(folder / "judge.json")
-        summary.pop("failed_pairs")
-        figures["judge"] = summary
-    print(win_rate.table(figures))
-    if summary:
-        print(
-            f"\njudge {summary['judge']}, prompt {summary['prompt_version']}, {summary['date']}; "
-            f"{summary['failures']} failures not counted"
-        )
-    if output_dir:
-        settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
-        inputs = [annotations, folder / "annotations.json", folder / "judge.json", tasks, instruction_difficulty]
-        with run_record(output_dir, settings, [path for path in inputs if path]):
+        summary.pop("failed_pairs", None)
+    settings = {"annotations": annotations, "tasks": tasks, "resamples": resamples, "seed": seed}
+    inputs = [annotations, folder / "annotations.json", folder / "judge.json", tasks, instruction_difficulty]
+    recorded = (
+        run_record(output_dir, settings, [path for path in inputs if path]) if output_dir else contextlib.nullcontext()
+    )
+    with recorded:
+        figures = win_rate.summarise(rows, resamples, seed, instruction_difficulty)
+        print(win_rate.table(figures))
+        if summary:
+            figures["judge"] = summary
+            print(
+                f"\njudge {summary['judge']}, prompt {summary['prompt_version']}, {summary['date']}; "
+                f"{summary['failures']} failures not counted"
+            )
+        if output_dir:
             jdump(figures, Path(output_dir) / "report.json")
             with atomic_write(Path(output_dir) / "report.html") as page:
                 page.write(report_page.report_page(figures, rows, summary))
+    if output_dir:
         print(f"\n{output_dir}/report.json\n{output_dir}/report.html")
 
 
@@ -323,36 +328,36 @@ def loss(
     from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
     from alpaca.answers.loading import load_model
 
+    settings = {
+        "model_name_or_path": model_name_or_path, "base": base, "adapter": adapter, "max_length": max_length,
+        "max_new_tokens": max_new_tokens, "limit": limit, "rouge_tasks": rouge_tasks, "dtype": dtype,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
     results = {}
-    for name, (path, on_top) in models.items():
-        begin = time.monotonic()
-        model, tokenizer = load_model(path, device, dtype, on_top)
-        results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
-        answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
-        if answered:
-            results[name] |= rouge_of_answers(model, tokenizer, answered, sampling, batch_size)
-        results[name]["seconds"] = round(time.monotonic() - begin, 1)
-        del model  # two large models need not fit beside each other
+    with run_record(output_dir, settings, [data_path]) if output_dir else contextlib.nullcontext():
+        for name, (path, on_top) in models.items():
+            begin = time.monotonic()
+            model, tokenizer = load_model(path, device, dtype, on_top)
+            results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
+            answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
+            if answered:
+                results[name] |= rouge_of_answers(model, tokenizer, answered, sampling, batch_size)
+            results[name]["seconds"] = round(time.monotonic() - begin, 1)
+            del model  # two large models need not fit beside each other
 
-    columns = list(results)
-    print(f"{'':28}" + "".join(f"{name:>14}" for name in columns))
-    for label, key, form in (
-        ("loss per response token", "loss", "{:.4f}"), ("perplexity", "perplexity", "{:.3f}"),
-        ("response tokens", "tokens", "{}"), ("rows", "rows", "{}"),
-        ("rows without response", "rows_without_response", "{}"),
-        ("ROUGE-L F1 of answers", "rouge_l", "{:.4f}"), ("answers compared", "rouge_tasks", "{}"),
-        ("answers that end", "answers_ended", "{:.0%}"),
-        ("mean answer length (tokens)", "mean_answer_tokens", "{:.1f}"), ("seconds", "seconds", "{:.1f}"),
-    ):  # fmt: skip
-        if key in results[columns[0]]:
-            print(f"{label:28}" + "".join(f"{form.format(results[name][key]):>14}" for name in columns))
-    if output_dir:
-        settings = {
-            "model_name_or_path": model_name_or_path, "base": base, "adapter": adapter, "max_length": max_length,
-            "max_new_tokens": max_new_tokens, "limit": limit, "rouge_tasks": rouge_tasks, "dtype": dtype,
-            "repetition_penalty": repetition_penalty,
-        }  # fmt: skip
-        with run_record(output_dir, settings, [data_path]):
+        columns = list(results)
+        print(f"{'':28}" + "".join(f"{name:>14}" for name in columns))
+        for label, key, form in (
+            ("loss per response token", "loss", "{:.4f}"), ("perplexity", "perplexity", "{:.3f}"),
+            ("response tokens", "tokens", "{}"), ("rows", "rows", "{}"),
+            ("rows without response", "rows_without_response", "{}"),
+            ("ROUGE-L F1 of answers", "rouge_l", "{:.4f}"), ("answers compared", "rouge_tasks", "{}"),
+            ("answers that end", "answers_ended", "{:.0%}"),
+            ("mean answer length (tokens)", "mean_answer_tokens", "{:.1f}"), ("seconds", "seconds", "{:.1f}"),
+        ):  # fmt: skip
+            if key in results[columns[0]]:
+                print(f"{label:28}" + "".join(f"{form.format(results[name][key]):>14}" for name in columns))
+        if output_dir:
             jdump(results, Path(output_dir) / "loss.json")
 
 

@@ -10,6 +10,7 @@ non-commercial use.
 """
 
 import hashlib
+import http.client
 import json
 import shutil
 import time
@@ -77,7 +78,8 @@ def fetch(
             download(url or GITHUB, partial, timeout)
         if problem := difference(partial):
             partial.unlink()
-            raise UserError(f"{from_file or url or source}: {problem}. It is not the released file and was removed.")
+            kept = "left where it is" if from_file else "removed"
+            raise UserError(f"{from_file or url or source}: {problem}. It is not the released file and was {kept}.")
         partial.replace(target)
         print(f"{target}: {SIZE:,} bytes, sha256 {SHA256}, git blob {GIT_BLOB}, as released.")
     with atomic_write(target.with_name("LICENSE.txt")) as stream:
@@ -118,6 +120,9 @@ def download(url: str, partial: Path, timeout: float) -> None:
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=timeout) as reply:
+                if reply.headers.get_content_type() == "text/html":
+                    problem = "the answer is a web page (a sign-in, or an address that moved?), not the file"
+                    break
                 # A server without ranges sends the whole file again.
                 with open(partial, "ab" if have and reply.status == 206 else "wb") as stream:
                     shutil.copyfileobj(reply, stream)
@@ -130,8 +135,10 @@ def download(url: str, partial: Path, timeout: float) -> None:
             problem = f"the server says {error.code} {error.reason}"
             if error.code in (401, 403, 404, 410):
                 break
-        except OSError as error:
-            problem = str(getattr(error, "reason", error))
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        except ValueError as error:  # no address at all
+            raise UserError(f"--url takes an address that begins with https://, found {url!r}: {error}.") from error
         print(f"attempt {attempt} of {ATTEMPTS}: {problem}", flush=True)
         if attempt < ATTEMPTS:
             time.sleep(2 ** (attempt - 1))

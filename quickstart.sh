@@ -2,13 +2,14 @@
 # The Alpaca recipe end to end on a small real model: no GPU, no key, two CPU cores, 9 GB of memory.
 #
 #   make quickstart        installs what is missing and runs this file; everything lands in ./quickstart_run
+#                          (QUICKSTART_RUN=DIR: in another folder)
 #
 # A run that was broken off goes on with the step it stopped at. After a complete run the next one starts clean: the
 # finished folder is kept as quickstart_run_previous (one run back, older ones go).
 set -euo pipefail
 cd "$(dirname "$0")"
 
-run=quickstart_run
+run=${QUICKSTART_RUN:-quickstart_run}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 if [ -e "$run/complete" ]; then
@@ -127,6 +128,7 @@ for step, result in results.items():
 total = sum(int((run / "done" / step).read_text()) for step in results)
 print(f"{'all':<10}{total:>8}   the tuned model: {run}/tuned   the diff: {run}/diff   every output: {run}/logs")
 if not after["loss"] < before["loss"]:
-    sys.exit("the loss on the evaluation tasks did not fall: something is wrong with the training step")
+    sys.exit(f"the loss on the evaluation tasks did not fall: something is wrong with the training step, see "
+             f"{run}/logs/train.txt. After a change, rm -r {run} and make quickstart start from the beginning.")
 PY
 touch "$run/complete"

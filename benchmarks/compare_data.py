@@ -22,6 +22,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.files import jdump, jload
 from alpaca.common.journal import changed_settings
 from alpaca.common.paths import ROOT
+from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import load_tasks
 
 COLUMNS = (
@@ -63,12 +64,19 @@ def compare(
         raise UserError(f"--data: {min(taken)} is a name of this script's own; choose another.")
     settings = {"model": model, "data": data, "released": released, "max_steps": max_steps, "held_out": held_out}
     settings |= {"rouge_tasks": rouge_tasks, "draw_seed": draw_seed}
+    settings["sha256"] = [sha256_file(file)[:16] for file in (*files.values(), released)]
     earlier = jload(folder / "settings.json") if (folder / "settings.json").is_file() else settings
     if changed := changed_settings(earlier, settings):
-        shown = "; ".join(f"--{name} {change}" for name, change in changed.items())
+        shown = "; ".join(f"{name} {change}" for name, change in changed.items())
         raise UserError(f"{folder} holds a comparison with other settings ({shown}). Choose another --output_dir.")
     size = max(len(load_tasks(file)) for file in files.values())
-    drawn = random.Random(draw_seed).sample(load_tasks(released), size + held_out)
+    rows = load_tasks(released)
+    if len(rows) < size + held_out:
+        raise UserError(
+            f"{released} has {len(rows):,} rows; {size:,} are trained on, as many as in the largest other file, and "
+            f"{held_out:,} kept out. Give a smaller --held_out, or the whole release: python fetch_data.py"
+        )
+    drawn = random.Random(draw_seed).sample(rows, size + held_out)
     jdump(settings, folder / "settings.json")
     for name, rows in (("released", drawn[:size]), ("held_out", drawn[size:])):
         jdump(rows, folder / f"{name}.json")

@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ class Benchmark:
     arguments: Sequence[str]
     plain: str = ""
     ratio: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
     output: str = ""
     seconds: float = 0.0
     failed: bool = False
@@ -48,17 +50,23 @@ class Benchmark:
 
     def run(self, checkout: Path, minutes: float) -> None:
         begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *map(str, self.arguments)],
+            cwd=checkout, env={**os.environ, "HF_HUB_OFFLINE": "1", **self.environment}, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         try:
-            done = subprocess.run(
-                [sys.executable, *map(str, self.arguments)],
-                cwd=checkout, env={**os.environ, "HF_HUB_OFFLINE": "1"}, text=True, stdin=subprocess.DEVNULL,
-                capture_output=True, timeout=60 * minutes,
-            )  # fmt: skip
-            self.output = re.sub(r"^#+ ", r"##\g<0>", done.stdout.strip(), flags=re.MULTILINE)
-            self.failed = done.returncode != 0
-            errors = done.stderr if done.returncode >= 0 else f"ended by signal {-done.returncode} (9: out of memory?)"
+            output, errors = process.communicate(timeout=60 * minutes)
+            if process.returncode < 0:
+                errors = f"ended by signal {-process.returncode} (9: out of memory?)"
         except subprocess.TimeoutExpired:
-            self.failed, errors = True, f"not done within {minutes:g} minutes"
+            output, errors = "", f"not done within {minutes:g} minutes"
+        finally:  # also at Ctrl-C: what the script has started ends with it, and does not disturb the next one
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        self.output = re.sub(r"^#+ ", r"##\g<0>", output.strip(), flags=re.MULTILINE)
+        self.failed = process.returncode != 0
         self.seconds = time.perf_counter() - begin
         if self.failed:
             self.output = f"**failed**: {errors.strip().splitlines()[-1] if errors.strip() else 'no error was printed'}"
@@ -92,8 +100,9 @@ def run(
         folder = Path(work)
         done = list(measure(benchmarks(folder, scale, peer), ROOT))
         earlier = list(measure(earlier_benchmarks(folder, scale), Path(before).resolve())) if before else []
-    if quickstart:
-        done += measure([Benchmark("quickstart", ["-c", QUICKSTART])], ROOT)
+        if quickstart:
+            its_own = {"QUICKSTART_RUN": str(folder / "quickstart_run")}  # a user's own run stays as it is
+            done += measure([Benchmark("quickstart", ["-c", QUICKSTART], environment=its_own)], ROOT)
     lines = [f"# All benchmarks, {time.strftime('%Y-%m-%d')}", "", *environment()]
     lines += [f"- {time.perf_counter() - begin:,.0f} s in all, load averages at the end: {os.getloadavg()}", ""]
     lines += summary(done)
@@ -109,7 +118,7 @@ def run(
     return int(any(bench.failed for bench in (*done, *earlier)))
 
 
-# The script's own tables, from its last lines on; an interrupted quickstart of the user's goes on, so its own folder.
+# The script's own tables, from its last lines on.
 QUICKSTART = (
     "import subprocess, sys; done = subprocess.run(['bash', 'quickstart.sh'], capture_output=True, text=True); "
     "at = done.stdout.rfind('\\nstep '); print('```' + done.stdout[at:].rstrip() + '\\n```'); "

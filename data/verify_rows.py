@@ -12,7 +12,6 @@ status 1 where an assertion fails.
 import contextlib
 import importlib
 import io
-import json
 import os
 import re
 import sqlite3
@@ -24,6 +23,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from alpaca.common.errors import UserError, cli_errors  # noqa: E402
+from alpaca.common.files import read_jsonl  # noqa: E402
+
 MODULES = (
     "calendar collections csv datetime decimal fractions io itertools json math random re sqlite3 statistics string "
     "textwrap"
@@ -41,7 +45,8 @@ def run_python(source: str) -> dict:
     """Execute `source`; returns its names, with what it printed under `printed`."""
     names: dict = {"__name__": "row"}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(source, "row", "exec"), names)
+        # optimize=0: `python -O` would leave the assertions out
+        exec(compile(source, "row", "exec", optimize=0), names)
     names["printed"] = printed.getvalue()
     return names
 
@@ -93,7 +98,7 @@ def verify(row: dict) -> str:
     names |= {key: row.get(key) or "" for key in ("instruction", "input", "output")}
     names |= {f.__name__: f for f in (code, run_python, run_sql, run_shell, words, numbers)}
     try:
-        exec(compile(row["check"], "check", "exec"), names)
+        exec(compile(row["check"], "check", "exec", optimize=0), names)
     except (Exception, SystemExit):  # an answer's program may end with sys.exit(0)
         return traceback.format_exc(limit=-1).strip().splitlines()[-1] or "assertion failed"
     return ""
@@ -101,11 +106,14 @@ def verify(row: dict) -> str:
 
 def load(path: Path) -> list[dict]:
     """Rows of instruction, input, output and check; seeds get their checks from data/seed_checks.jsonl."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or "name" not in row:
+            raise UserError(f"{path}, row {number} is no object with a name.")
     if rows and "instances" in rows[0]:
         checks = {row["name"]: row["check"] for row in load(ROOT / "data/seed_checks.jsonl")}
         if unknown := checks.keys() - {row["name"] for row in rows}:
-            sys.exit(f"data/seed_checks.jsonl names {', '.join(sorted(unknown))}, which {path} does not hold.")
+            raise UserError(f"data/seed_checks.jsonl names {', '.join(sorted(unknown))}, which {path} does not hold.")
         rows = [row | row["instances"][0] | {"check": checks.get(row["name"], "")} for row in rows]
     return rows
 
@@ -119,8 +127,8 @@ def main(paths: list[str]) -> int:
         for row in checked:
             if problem := verify(row):
                 failed += 1
-                print(f"{path}, {row['name']} ({row['instruction'][:60]}): {problem}\n    {row['check']}")
-        covered.update(row["kind"] for row in checked)
+                print(f"{path}, {row['name']} ({row.get('instruction', '')[:60]}): {problem}\n    {row['check']}")
+        covered.update(row.get("kind", "(no kind)") for row in checked)
         total += len(rows)
         print(f"{path.name}: {len(checked)} of {len(rows)} rows")
     for kind, count in sorted(covered.items(), key=lambda item: (-item[1], item[0])):
@@ -130,4 +138,5 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with cli_errors():
+        sys.exit(main(sys.argv[1:]))

@@ -32,6 +32,7 @@ def server():
             own.ranges_asked.append(self.headers.get("Range"))
             start = int(self.headers["Range"][6:-1]) if self.headers.get("Range") and own.ranges else 0
             self.send_response(own.status or (206 if start else 200))
+            self.send_header("Content-Type", own.content_type)
             self.send_header("Content-Length", str(len(own.content) - start))
             self.end_headers()
             self.wfile.write(own.content[start : start + own.cut])
@@ -41,6 +42,7 @@ def server():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as own:
         own.content, own.cut, own.ranges, own.status, own.ranges_asked = CONTENT, 10**9, True, None, []
+        own.content_type = "text/plain"
         own.url = f"http://127.0.0.1:{own.server_address[1]}/alpaca_data.json"
         threading.Thread(target=own.serve_forever, daemon=True).start()
         yield own
@@ -70,6 +72,8 @@ def test_a_server_without_ranges(tmp_path, server):
         ({"content": CONTENT[:-1] + b"x"}, "sha256"),
         ({"content": CONTENT + b"more"}, "bytes where the release has"),
         ({"content": b"<html>sign in</html>"}, "20 of 102,400 bytes"),
+        ({"content": b"<html>sign in</html>", "content_type": "text/html; charset=utf-8"}, "is a web page"),
+        ({"url": "alpaca_data.json"}, "begins with https://"),
         ({"status": 404}, "404"),
         ({"cut": 10}, "the same command goes on"),
     ],
@@ -94,9 +98,10 @@ def test_a_copy_from_another_machine(tmp_path):
     fetch_data.fetch(str(tmp_path / "out"), from_file=str(tmp_path / "copy.json"))
     assert (tmp_path / "out/alpaca_data.json").read_bytes() == CONTENT
     (tmp_path / "short.json").write_bytes(CONTENT[:-5])
-    with pytest.raises(UserError, match=r"short.json: 102,395 bytes"):
+    with pytest.raises(UserError, match=r"short.json: 102,395 bytes .* left where it is"):
         fetch_data.fetch(str(tmp_path / "other"), from_file=str(tmp_path / "short.json"))
     assert not list((tmp_path / "other").iterdir())
+    assert (tmp_path / "short.json").is_file()
 
 
 def test_another_file_of_that_name_is_left_alone(tmp_path, server):

@@ -36,6 +36,8 @@ def place(tmp_path_factory, tiny_llama, tiny_tied):
     shutil.copytree(tiny_llama, folder / "pointer")
     (folder / "pointer" / "model.safetensors").write_text(POINTER)
     (folder / "short.json").write_text("[]")
+    verdict = {"instruction": "Say so.", "output_1": "So.", "output_2": "Thus.", "preference": 2}
+    (folder / "verdicts.json").write_text(json.dumps([verdict]))
     return folder
 
 
@@ -53,6 +55,17 @@ MISTAKES = {
     "two precisions": (f"{TRAIN} --bf16 True --fp16 True", ["--bf16", "--fp16"]),
     "a result in the way": (f"{TRAIN} --output_dir {{place}}/base", ["base", "--overwrite"]),
     "no key": ("generate_instruction.py --output_dir {place}/gen", ["OPENAI_API_KEY", "--base_url"]),
+    "a password in an address": (
+        "generate_instruction.py --output_dir {place}/gen --base_url http://me:zebra7@127.0.0.1:9/v1",
+        ["--base_url", "export OPENAI_API_KEY"],
+    ),
+    "a key in an address": (
+        "evaluation.py answer --data_path {place}/good.json --output_path {place}/a.json --model m "
+        "--base_url http://127.0.0.1:9/v1?api-key=zebra7", ["--base_url", "export OPENAI_API_KEY"],
+    ),
+    "a table that is not there": (
+        "evaluation.py report --annotations {place}/verdicts.json --instruction_difficulty {place}/no.csv", ["no.csv"]
+    ),
     "no number of tasks": (
         "generate_instruction.py --output_dir {place}/gen --num_instructions_to_generate many",
         ["--num_instructions_to_generate", "many"],
@@ -83,6 +96,7 @@ def in_words(done, *named: str) -> None:
     said = done.stdout + done.stderr
     assert done.returncode != 0, said
     assert "Traceback" not in said
+    assert "zebra7" not in said  # the password of an address
     message = said[said.rfind("error: ") :]
     assert message.startswith("error: "), said[-2000:]
     assert not (missing := [word for word in named if word not in message]), f"{missing} not in: {message}"

@@ -41,6 +41,10 @@ def ring_figure(summaries: dict[str, dict]) -> Figure:
 
 def draw_rings(axes: Axes, top: Sequence[dict]) -> None:
     """Verbs inside, objects outside. A verb's arc is what its shown objects add up to, so that both rings meet."""
+    if not top:
+        axes.axis("off")
+        axes.text(0, 0, "no instruction with a verb and an object", ha="center", fontsize=13)
+        return
     colors = [colormaps["tab20"](index % 20)[:3] for index in range(len(top))]
     objects = [(entry["verb"], noun, count, color) for entry, color in zip(top, colors, strict=True)
                for noun, count in entry["objects"]]  # fmt: skip

@@ -26,6 +26,7 @@ from alpaca.common.tasks import read_rows
 
 LENGTH_PENALTY = 100.0  # scikit-learn's C for the length coefficient: large, so that it only tames separable data
 LENGTH_RESAMPLES = 500  # each is a regression
+FOLDS = 5  # AlpacaEval's, of the fit of the length-controlled rate
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,7 +272,8 @@ def length_controlled(annotations: Sequence[dict], difficulty: dict[int, float],
     them. The fit: L1, liblinear, no intercept, C of ten from 1e-4 to 1e4 by the log loss of five folds. The `gamed`
     rows, which have no c, take part with a weight of 0.1 each and keep `a` from explaining the quality.
 
-    Returns `win_rate`, `standard_error` and the `weights`. Raises UserError where an instruction has no difficulty.
+    Returns `win_rate`, `standard_error` and the `weights`. Raises UserError where an instruction has no difficulty, and
+    for fewer rows than folds.
     """
     if missing := [row["index"] for row in annotations if row["index"] not in difficulty]:
         raise UserError(
@@ -285,6 +287,11 @@ def length_controlled(annotations: Sequence[dict], difficulty: dict[int, float],
     spread = delta.std(ddof=1) if len(delta) > 1 else 0.0
     own = np.column_stack([np.tanh(delta / (spread or 1.0)), hardness, np.ones_like(hardness)])[~np.isnan(wins)]
     features = np.concatenate([np.column_stack([np.tanh(gamed[:, 0]), gamed[:, 1], np.zeros(len(gamed))]), own])
+    if len(features) < FOLDS:
+        raise UserError(
+            f"the rate that --instruction_difficulty asks for is fitted in {FOLDS} parts, and there are "
+            f"{len(features)} judged answers. Leave the flag out for so few."
+        )
     model = _fit_with_best_penalty(
         features, np.concatenate([gamed[:, 2], wins[~np.isnan(wins)]]), np.repeat([0.1, 1.0], [len(gamed), len(own)])
     )
@@ -312,7 +319,7 @@ def _fit_with_best_penalty(features: np.ndarray, wins: np.ndarray, weights: np.n
         preference = wins[rows[part]]
         return np.mean(weights[rows[part]] * (preference * np.log(chance) + (1 - preference) * np.log(1 - chance)))
 
-    folds = list(GroupKFold(n_splits=5).split(rows, groups=rows))
+    folds = list(GroupKFold(n_splits=FOLDS).split(rows, groups=rows))
     penalties = np.logspace(-4, 4, 10)
     scores = [np.mean([log_likelihood(fit(penalty, train), test) for train, test in folds]) for penalty in penalties]
     return fit(penalties[int(np.argmax(scores))], np.arange(len(rows)))

@@ -15,6 +15,7 @@ class UserError(ValueError):
 FILE_SYSTEM = {
     errno.ENOSPC: "the disk is full. Make room and type the same command again.",
     errno.EDQUOT: "your disk quota is used up. Make room and type the same command again.",
+    errno.ENOENT: "there is no such file or folder.",
     errno.EACCES: "permission denied. Choose a path that you may write to.",
     errno.EPERM: "not permitted. Choose a path that you may write to.",
     errno.EROFS: "this file system is read-only. Choose another path.",

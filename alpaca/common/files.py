@@ -69,11 +69,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[Any]:
 def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yields a new folder beside `path`, which takes the name `path` only when the block ends well.
 
-    Raises UserError before the block where `path` holds something and `overwrite` is false. With `overwrite` the old
-    folder is set aside until the new one stands in its place.
+    Raises UserError before the block where `path` holds something and `overwrite` is false, and where it cannot be
+    renamed. With `overwrite` the old folder is set aside until the new one stands in its place. A link is followed.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     refuse_existing(path, overwrite)
+    if path.is_mount() or Path.cwd().is_relative_to(path):
+        what = "a mounted disk" if path.is_mount() else "the folder that you are in, or holds it"
+        raise UserError(f"{path} is {what}, and cannot be put in place whole. Name a new folder, such as {path}/out.")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

@@ -6,6 +6,7 @@ the answers of inference.py and evaluation.py.
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -55,8 +56,7 @@ class Journal(contextlib.AbstractContextManager):
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}. Choose another place.") from error
         try:
-            # The kernel releases the lock however the process ends, so no stale lock file can remain.
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_file()
             if afresh:
                 os.ftruncate(self._file, 0)
             fsync_dir(self.path.parent)
@@ -66,17 +66,25 @@ class Journal(contextlib.AbstractContextManager):
                 print(f"note: the last line of {self.path} was torn by a crash and is taken out.")
                 os.ftruncate(self._file, whole)
                 os.fsync(self._file)
-        except BlockingIOError as error:
-            os.close(self._file)
-            raise UserError(
-                f"another run is writing {self.path}. Wait for it, or choose another place for the output."
-            ) from error
         except BaseException:
             os.close(self._file)
             raise
         self._lock = threading.Lock()
         self._waiting: list[asyncio.Future] = []
         self._syncer: asyncio.Task | None = None
+
+    def _lock_file(self) -> None:
+        """The kernel releases the lock however the process ends, so no stale lock file can remain."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing {self.path}. Wait for it, or choose another place for the output."
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            print(f"note: the file system of {self.path} has no locks. Start no second run with the same folder.")
 
     def append_now(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Writes records with one write and one sync; returns when the disk has them."""

@@ -39,7 +39,7 @@ def run_record(
     target, begin = Path(output_dir) / file_name, time.monotonic()
     record = {
         "command": _without_secrets(sys.argv),
-        "settings": {k: v for k, v in settings.items() if not _SECRET.search(k)},
+        "settings": {k: v for k, v in settings.items() if not is_secret(k)},
         "seed": settings.get("seed"),
         "commit": git_commit(),
         "packages": package_versions(),
@@ -84,14 +84,16 @@ def _same_program(one: Sequence[str], other: Sequence[str]) -> bool:
     return one[:1] == other[:1] and (len(one) < 2 or len(other) < 2 or one[1] == other[1])
 
 
-_SECRET = re.compile(r"(?i)api_?key|token$|secret|password")
+def is_secret(name: str) -> bool:
+    """Whether a flag, setting or parameter of this name holds a key or a password."""
+    return bool(re.search(r"(?i)api[-_]?key|token$|secret|password|signature|^sig$|^key$", name))
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:
     shown, hide_next = [], False
     for arg in argv:
         flag, equals, _ = arg.partition("=")
-        secret = flag.startswith("-") and bool(_SECRET.search(flag))
+        secret = flag.startswith("-") and is_secret(flag.lstrip("-"))
         shown.append("***" if hide_next else f"{flag}=***" if secret and equals else arg)
         hide_next = secret and not equals
     return shown

@@ -7,6 +7,7 @@ import urllib.parse
 import urllib.request
 
 from alpaca.common.errors import UserError
+from alpaca.common.run_record import is_secret
 from alpaca.generation.prices import DEFAULT_MODEL
 
 OFFICIAL_URL, OFFICIAL_HOST = "https://api.openai.com/v1", "api.openai.com"
@@ -42,6 +43,12 @@ def find_server(base_url: str | None) -> Server:
     if not re.match(r"https?://[^/]", given):
         raise UserError(f"--base_url must begin with http:// or https://, found {given!r}.")
     parts = urllib.parse.urlsplit(given)
+    query = dict(urllib.parse.parse_qsl(parts.query))
+    if parts.password or parts.username or any(map(is_secret, query)):
+        raise UserError(  # an address stands in run.json and in messages
+            "--base_url (or OPENAI_BASE_URL) holds a password or key, which would land in the run's files. Take it out "
+            "of the address and type: export OPENAI_API_KEY=..."
+        )
     url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
     official = (parts.hostname or "").endswith(OFFICIAL_HOST)
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -52,4 +59,4 @@ def find_server(base_url: str | None) -> Server:
             "  --base_url http://127.0.0.1:8080/v1     any server with OpenAI's API, as `python local_llm.py serve`\n"
             "  --dry_run True                          the first prompt and the estimated cost, without asking"
         )
-    return Server(url, key or "none", dict(urllib.parse.parse_qsl(parts.query)), official)
+    return Server(url, key or "none", query, official)

@@ -549,6 +549,7 @@ def test_flags_are_checked_before_a_model_is_loaded(run_script, tmp_path):
             (["--filter", "broken:check"], "No module named 'no_such_thing'"),
             (["--filter", "json:nothing"], "json has no function nothing"),
             (["--max_queue", 0], "at least 1"),
+            (["--log_path", tmp_path / "broken.py" / "log.jsonl"], "broken.py: this exists already"),
             (["--comparee", "x"], "Did you mean --compare?"),
         ):
             done = run_script(ROOT / "demo.py", "--model_name_or_path", "embedded", *flags, status=2, cwd=tmp_path)

@@ -133,6 +133,14 @@ def test_script_writes_figures_for_two_datasets(run_script, dataset, tmp_path):
     assert json.loads((trained / "parse_analysis.run.json").read_text())["outcome"] == "finished"
 
 
+def test_instructions_without_a_verb_give_figures_too(run_script, tmp_path):
+    """A file of questions ended in matplotlib's "All wedge sizes are zero"."""
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Five rivers?", "input": "", "output": "Nile"}]))
+    run_script("parse_analysis.py", "--data_path", tmp_path / "a.json", "--output_dir", tmp_path / "out")
+    assert json.loads((tmp_path / "out/analysis.json").read_text())["a.json"]["with_verb_and_object"] == 0
+    assert (tmp_path / "out/verb_object.png").is_file() and (tmp_path / "out/verb_object.html").is_file()
+
+
 def test_missing_file_is_named(run_script, tmp_path):
     """A wrong path must end with its name and status 2, without a traceback."""
     done = run_script(

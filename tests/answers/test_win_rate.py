@@ -174,6 +174,9 @@ def test_length_controlled_is_alpaca_evals_figure(tmp_path):
     plain = win_rate.table(win_rate.summarise(annotations, 100))
     assert "length-adjusted win rate" in plain and "not AlpacaEval's length-controlled rate" in plain
 
+    few = [{"index": str(i), "instruction_difficulty": 0.5} for i in range(4)]
+    with pytest.raises(UserError, match="there are 4 judged answers"):
+        win_rate.length_controlled(annotations[:4], *win_rate.read_difficulty(write_csv(table, few)))
     with pytest.raises(UserError, match="no row for the instructions with index 119"):
         win_rate.length_controlled(annotations, *win_rate.read_difficulty(write_csv(table, gamed[:119])))
     with pytest.raises(UserError, match="no column instruction_difficulty"):

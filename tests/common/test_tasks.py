@@ -6,7 +6,7 @@ import pytest
 
 from alpaca.common import tasks
 from alpaca.common.errors import UserError
-from alpaca.common.files import jdump, jload, write_jsonl
+from alpaca.common.files import atomic_dir, jdump, jload, write_jsonl
 from alpaca.common.tasks import iter_rows, load_tasks, read_rows
 
 ROWS = [
@@ -30,6 +30,22 @@ def test_half_a_character_is_written(tmp_path, write):
     rows = [{**ROWS[0], "note": "cut \ud83d"}]
     write(*((tmp_path / "out.json", rows) if write is write_jsonl else (rows, tmp_path / "out.json")))
     assert read_rows(tmp_path / "out.json") == rows
+
+
+def test_folders_that_cannot_be_renamed(tmp_path, monkeypatch):
+    """A link, the folder one is in and a mounted disk failed at the rename, when all the work was done."""
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place")
+    with atomic_dir(tmp_path / "link") as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "place/a").read_text() == "new"
+    monkeypatch.chdir(tmp_path / "place")
+    with pytest.raises(UserError, match=r"the folder that you are in.* such as .*place/out"), atomic_dir(".", True):
+        pass
+    monkeypatch.setattr("pathlib.Path.is_mount", lambda path: path.name == "disk")
+    with pytest.raises(UserError, match=r"disk is a mounted disk"), atomic_dir(tmp_path / "disk"):
+        pass
+    assert (tmp_path / "place/a").read_text() == "new"
 
 
 def test_csv_and_parquet(tmp_path):

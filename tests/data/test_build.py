@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 
@@ -73,6 +74,20 @@ def test_a_failing_check_is_told(tmp_path, run_script, output):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     told = run_script("data/verify_rows.py", tmp_path / "rows.jsonl", status=1).stdout
     assert "plus_one" in told and "1 of 1 rows executed or recomputed, 1 failed" in told
+
+
+def test_assertions_are_checked_without_them_in_python(tmp_path):
+    """Under `python -O` every false check held; a row without a name and a file of no rows ended in tracebacks."""
+    row = {"kind": "code", "name": "plus_one", "instruction": "Add.", "input": "", "output": "2", "check": "assert 0"}
+    for content, status, said in (
+        (json.dumps(row), 1, "1 failed"), ('{"instruction": "Add."}', 2, "row 1 is no object with a name"),
+        ("{", 2, "line 1 is not valid JSON"),
+    ):  # fmt: skip
+        (tmp_path / "rows.jsonl").write_text(content + "\n")
+        command = [sys.executable, "-O", "data/verify_rows.py", tmp_path / "rows.jsonl"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_program_that_ends_itself_ends_no_check():

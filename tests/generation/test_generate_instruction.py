@@ -1,5 +1,6 @@
 """generate_instruction.py against a local server: files, repeatability, resume, money, batches, messages."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -325,6 +326,19 @@ def test_two_runs_cannot_share_a_folder(tmp_path, server):
         generate(tmp_path, server)
     journal.close()
     generate(tmp_path, server, 4)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    """Some network file systems refuse every lock, which was a traceback before the first request."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("alpaca.common.journal.fcntl.flock", refuse)
+    with Journal(tmp_path / "responses.jsonl") as journal:
+        journal.append_now([{"a": 1}])
+    assert "has no locks" in capsys.readouterr().out
+    assert read_records(tmp_path / "responses.jsonl") == [{"a": 1}]
 
 
 def test_a_torn_last_line_is_mended_and_a_broken_one_before_it_is_named(tmp_path, server, capsys):

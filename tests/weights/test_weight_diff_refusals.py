@@ -289,7 +289,11 @@ def test_convert_llama_names_what_is_wrong(tmp_path, models):
     with pytest.raises(UserError, match="lacks one of Meta's files: found consolidated.00.pth, consolidated.02.pth"):
         convert_llama.convert(folder, out)
     (folder / "consolidated.02.pth").unlink()
-    for content, text in (("{}", "has no number dim"), (json.dumps(params | {"n_kv_heads": 1}), "1 key heads for 2")):
+    for content, text in (
+        ("{}", "has no number dim"), (json.dumps(params | {"n_kv_heads": 1}), "1 key heads for 2"),
+        (json.dumps(params | {"rope_theta": 1e6}), "has rope_theta 1000000.0: these are a later model's"),
+        (json.dumps(params | {"dim": 4096, "norm_eps": 1e-5}), "has norm_eps 1e-05: these are a later model's"),
+    ):  # fmt: skip
         (folder / "params.json").write_text(content)
         with pytest.raises(UserError, match=text):
             convert_llama.convert(folder, out)
