@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,12 @@ def f1_scores(lcs: np.ndarray, candidate_length: np.ndarray, pool_length: np.nda
     recall = lcs / candidate_length
     total = precision + recall
     return np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+
+
+def _most_parts() -> int:
+    """Into how many parts signatures are split; some systems let a process open 256 files."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_PARTS if files == resource.RLIM_INFINITY else min(_MOST_PARTS, max(1, (files - 64) // 3))
 
 
 class TokenNumbers(NamedTuple):
@@ -381,7 +388,7 @@ class _Signatures:
                     totals[side] += number * len(members)
                     step = max(1, _JOB // number)
                     jobs[side] += [(members[i : i + step], side, size) for i in range(0, len(members), step)]
-        number_of_parts = min(-(-sum(totals) // _PART), _MOST_PARTS)
+        number_of_parts = min(-(-sum(totals) // _PART), _most_parts())
         parts = [_Part(*(tempfile.TemporaryFile() for _ in range(3))) for _ in range(number_of_parts)]
         smaller = int(np.argmin(totals))
         slot_bits = min(totals[smaller].bit_length() + 3, _SLOT_BITS)

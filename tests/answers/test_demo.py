@@ -68,6 +68,8 @@ class Demo:
         command = [sys.executable, str(ROOT / "demo.py"), "--port", "0", *map(str, flags)]
         self.process = subprocess.Popen(
             command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            # A proxy where nobody listens: the demo must not ask for its own page there.
+            env={**os.environ, "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "example.org", "no_proxy": ""},
             # A shell's background jobs ignore Ctrl-C, and children would inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
@@ -101,7 +103,8 @@ def demos(tiny_llama, tmp_path_factory):
     first, second = (make_endless(tiny_llama, folder / name, seed) for seed, name in enumerate(("first", "second")))
     limits = ("--max_new_tokens", LONGEST, "--max_input_chars", 300, "--max_queue", 1)
     single = Demo(folder, "--model_name_or_path", first, "--filter", "my_filter:check", *limits)
-    double = Demo(folder, "--model_name_or_path", first, "--compare", second, "--log_path", "asked.jsonl", *limits)
+    record = ("--log_path", "records/asked.jsonl")
+    double = Demo(folder, "--model_name_or_path", first, "--compare", second, *record, *limits)
     yield single, double
     for demo in (single, double):
         demo.process.kill()
@@ -477,7 +480,7 @@ def test_two_models_side_by_side(demos, open_page):
     about = page.locator("#about")
     for text in ("demo", "first", "second", "M parameters", "Licence", "make up facts", "recorded"):
         expect(about).to_contain_text(text)
-    record = demos[1].folder / "asked.jsonl"
+    record = demos[1].folder / "records/asked.jsonl"
     for _ in range(100):
         if record.is_file() and record.read_text(encoding="utf-8").endswith("\n"):
             break

@@ -1,6 +1,7 @@
 """rouge.py and pair_search.py: F1 equal to rouge_score's bit for bit, and no pair above a threshold missed."""
 
 import re
+import resource
 import subprocess
 import sys
 import unicodedata
@@ -186,6 +187,22 @@ def brute_force(scores: np.ndarray, threshold: float, rows, fixed: int):
         else:
             kept.append(j)
     return repeated, most_similar, kept
+
+
+def test_few_files_may_be_open(monkeypatch):
+    """macOS lets a process open 256 files, and the search held 750 open."""
+    rng = np.random.default_rng(0)
+    sequences = token_sequences([" ".join(rng.choice(list("abcdefghijkl"), 8)) for _ in range(400)])
+    rows = np.arange(len(sequences), dtype=np.int64)
+    expected = pair_search.PairSearch(sequences, 0.7).pairs(rows)
+    monkeypatch.setattr(pair_search, "_PART", 10)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        found = pair_search.PairSearch(sequences, 0.7).pairs(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(expected) == 12 and found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("seed", range(60))
