@@ -8,13 +8,12 @@ The first needs OPENAI_API_KEY; the second takes minutes on a CPU, beside `pytho
 about each row, `clean FILE --output FILE` writes the good rows, `dedup FILE --output FILE` those that repeat no other.
 """
 
-import asyncio
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.cli import run_cli
+from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
 from alpaca.common.run_record import run_record
@@ -23,6 +22,7 @@ from alpaca.common.tasks import load_tasks
 from alpaca.generation.data_check import check, clean, dedup
 from alpaca.generation.filters import check_seeds, find_word_in_string
 from alpaca.generation.harvest import empty_harvest, harvest_journal, read_candidates
+from alpaca.generation.many_requests import run_async
 from alpaca.generation.output import OutputFiles
 from alpaca.generation.prices import DEFAULT_MODEL, DEFAULT_MODEL_EFFORT, Budget, price_for
 from alpaca.generation.prompting import PROMPT_FILE, Prompter, encode_prompt, load_prompt, load_seeds, seeds_sha256
@@ -176,7 +176,8 @@ def generate_instruction_following_data(
     with Journal(folder / "responses.jsonl") as journal:
         begin_or_go_on(journal, settings, seeds, target, change_settings)
         files = OutputFiles(journal, overwrite)
-        budget = Budget(price, None if max_cost_usd is None else max_cost_usd / part.count)
+        most = None if max_cost_usd is None else max_cost_usd / part.count
+        budget = Budget(price, most, model=settings.model_name)
         recorded = flags | dataclasses.asdict(limits) | {"base_url": server.url, "shard": str(part)}
         recorded |= {"model_name": settings.model_name, "reasoning_effort": settings.reasoning_effort}
         with run_record(folder, recorded, [seed_tasks_path, prompt_path or PROMPT_FILE]) as record:
@@ -224,7 +225,7 @@ def _generate(
         return summarize(harvest, journal.records, generation.end, budget, client.counts, limits), generation.error
 
     try:
-        return asyncio.run(ask())
+        return run_async(ask())
     except KeyboardInterrupt:
         print(f"\nleft at once. `rebuild --output_dir {files.folder}` writes the files from {journal.path}.")
         raise
@@ -284,7 +285,7 @@ def rate(
     Args:
         path: alpaca_data.json, regen.json, seed_tasks.jsonl or any JSON list or JSONL file of tasks.
         output_dir: folder for ratings.jsonl, run.json and replies.jsonl, which holds every reply. A row that is rated
-            there is not paid for again.
+            there by the same judge, at the same address and with the same settings, is not paid for again.
         model_name: the judge.
         base_url: server with OpenAI's API; default OPENAI_BASE_URL, then OpenAI.
         api: completions, chat, or auto.
@@ -302,6 +303,7 @@ def rate(
     Raises:
         UserError: a file that cannot be read, or a judge that cannot be asked; what was answered is kept.
     """
+    at_least_one(limit=limit, max_tokens=max_tokens, max_concurrency=max_concurrency)
     tasks, folder = load_tasks(path)[:limit], Path(str(output_dir))
     if (folder / "responses.jsonl").exists():
         raise UserError(
@@ -316,7 +318,8 @@ def rate(
     model_name = served_model(base_url, model_name)
     if reasoning_effort is None and model_name == DEFAULT_MODEL:
         reasoning_effort = DEFAULT_MODEL_EFFORT
-    budget = Budget(price_for(model_name, price_input, price_output, max_cost_usd), max_cost_usd)
+    price = price_for(model_name, price_input, price_output, max_cost_usd)
+    budget = Budget(price, max_cost_usd, model=model_name)
     settings = {"model_name": model_name, "api": api, "temperature": temperature, "max_tokens": max_tokens}
     settings |= {"reasoning_effort": reasoning_effort, "base_url": base_url, "limit": limit}
 
@@ -339,7 +342,7 @@ def rate(
     with Journal(folder / "replies.jsonl") as journal, run_record(folder, settings, [path]) as record:
         for reply in journal.records:
             budget.count(reply)
-        ratings = asyncio.run(ask(journal))
+        ratings = run_async(ask(journal))
         rating.write_ratings(folder / "ratings.jsonl", ratings.rows)
         record["result"] = {"rows": len(tasks), "rated": sum(row["rating"] is not None for row in ratings.rows)}
         print(ratings.table())

@@ -24,15 +24,20 @@ SUBMIT_TRIES = 5
 
 
 class BatchRun(Run):
-    """Submits batches until the target, the budget or the model's ideas are exhausted.
-
-    Raises UserError where the server refuses or is lost.
-    """
+    """Submits batches until the target, the budget or the model's ideas are exhausted, or the server refuses."""
 
     async def run(self) -> None:
         self._answered: list[int] = []  # the positions of requests with a reply
         self._read(self.journal.records)
         self._earlier_requests = len(self.harvest.kept_after)
+        try:
+            await self._ask_batches()
+        except UserError as error:
+            self.end, self.error = "error", error
+        self.files.write(self.harvest)
+
+    async def _ask_batches(self) -> None:
+        """Raises UserError where the server refuses or is lost."""
         try:
             while True:
                 plan = self._open_plan()
@@ -50,8 +55,7 @@ class BatchRun(Run):
             self.client.stop_if_permanent(error)
             raise UserError(f"{self.client.url} refused a batch call ({error.status_code}): {error.message}") from error
         except openai.APIConnectionError as error:
-            raise UserError(f"lost {self.client.url}: {error}. The same command goes on from here.") from error
-        self.files.write(self.harvest)
+            raise UserError(f"lost {self.client.url}: {error}") from error
 
     def _read(self, records: list[Mapping[str, Any]]) -> None:
         position = self.prompter.settings.shard.position
@@ -110,7 +114,8 @@ class BatchRun(Run):
         if settings.sample_from_generated:
             wanted = min(wanted, settings.sample_lag - 1)
         most, size, count, step = 0.0, 0, 0, settings.shard.count
-        while count < min(wanted, MAX_REQUESTS):
+        room = min((record["room"] for record in self._records("batch_over") if "room" in record), default=MAX_REQUESTS)
+        while count < min(wanted, room):
             prompt, _ = self._prompt(first + (1 + count) * step)
             most += self.budget.most(prompt, self.client.max_tokens, batch=True)
             size += len(prompt.encode()) + 1000
@@ -232,9 +237,16 @@ class BatchRun(Run):
         """Journals every reply that is not there yet; requests without one are journaled as failed."""
         over = {"kind": "batch_over", "number": plan["number"], "status": batch.status}
         if batch.status == "failed":
-            reasons = [error.message for error in (batch.errors.data or [])] if batch.errors else []
+            errors = (batch.errors.data or []) if batch.errors else []
+            reason = "; ".join(str(error.message) for error in errors[:3]) or "no reason given"
+            number = len(self._indices(plan))
+            # OpenAI limits how many tokens may wait in all batches of an account: fewer at a time get through.
+            if number > 1 and any(error.code == "token_limit_exceeded" for error in errors):
+                self._journal([over | {"room": number // 2}])
+                print(f"note: OpenAI has no room for {number:,} requests: {reason}\nThe next batch has half as many.")
+                return
             self._journal([over])
-            raise UserError(f"OpenAI refused batch {batch.id}: {'; '.join(map(str, reasons[:3])) or 'no reason given'}")
+            raise UserError(f"OpenAI refused batch {batch.id}: {reason}")
         there = {record["index"] for record in self._records("reply")}
         rows = {}
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):

@@ -7,14 +7,27 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from alpaca.common.errors import UserError
+
+Result = TypeVar("Result")
 
 RATE_LIMIT_PATIENCE = 1800.0  # seconds without any reply because of rate limits, after which the run gives up
 SAY_AFTER = 10.0  # seconds of waiting for a rate limit after which the user is told
 LONGEST_WAIT = 60.0  # seconds between two tries where the server does not say how long to wait
+
+
+def run_async(job: Coroutine[Any, Any, Result]) -> Result:
+    """asyncio.run, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, job).result()
 
 
 class RequestFailed(Exception):

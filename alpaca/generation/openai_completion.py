@@ -1,12 +1,22 @@
 """The original's openai_completion on top of the client; utils.openai_completion calls it."""
 
-import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.generation.client import ModelClient, text_of
-from alpaca.generation.many_requests import RequestFailed, RequestSlots
+from alpaca.generation.many_requests import RequestFailed, RequestSlots, run_async
+
+
+class NotAllAnswered(UserError):
+    """`completions`: the choices of each prompt, None where it was not answered. What was answered is paid for."""
+
+    def __init__(self, reason: str, completions: list):
+        answered = sum(choices is not None for choices in completions)
+        more = f" {answered} of {len(completions)} prompts were answered; this error's `completions` has these."
+        super().__init__(reason + (more if answered else ""))
+        self.completions = completions
 
 
 class Completion(dict):
@@ -24,22 +34,20 @@ def complete_all(
 ) -> list[list[Completion]]:
     """Asks for every prompt (text, chat message or list of chat messages) and returns its choices, in order.
 
-    Raises UserError where a request cannot be answered.
+    Raises NotAllAnswered, which has the choices of the others, where a prompt cannot be answered.
     """
     settings = dict(settings)
     max_tokens = settings.pop("max_tokens", None)
+    completions: list[list[Completion] | None] = [None] * len(prompts)
 
-    async def ask_all() -> list[list[Completion]]:
+    async def ask_all() -> None:
         client, slots = ModelClient(model, max_tokens=max_tokens, extra=settings), RequestSlots(max_concurrency)
 
-        async def ask_one(prompt: Any) -> list[Completion]:
+        async def ask_one(place: int, prompt: Any) -> None:
             async with slots:
-                try:
-                    data, _ = await client.post([prompt] if isinstance(prompt, Mapping) else prompt)
-                except RequestFailed as error:
-                    raise UserError(f"{client.url} did not answer: {error}") from error
+                data, _ = await client.post([prompt] if isinstance(prompt, Mapping) else prompt)
             tokens = data["usage"].get("total_tokens") if isinstance(data.get("usage"), dict) else None
-            return [
+            completions[place] = [
                 Completion(
                     choice,
                     text=text_of(choice.get("text")) or text_of((choice.get("message") or {}).get("content")),
@@ -49,8 +57,12 @@ def complete_all(
             ]
 
         try:
-            return await slots.run(map(ask_one, prompts))
+            await slots.run(itertools.starmap(ask_one, enumerate(prompts)))
+        except (RequestFailed, UserError) as error:
+            said = f"{client.url} did not answer: {error}" if isinstance(error, RequestFailed) else str(error)
+            raise NotAllAnswered(said, completions) from error
         finally:
             await client.close()
 
-    return asyncio.run(ask_all())
+    run_async(ask_all())
+    return completions

@@ -56,8 +56,7 @@ class PaidReplies:
             if key in self._known:
                 if key in self.earlier:
                     self.cached += 1
-                    price = self.budget.price
-                    self.cost_of_cached += price.cost(self._known[key]["usage"]) if price else 0.0
+                    self.cost_of_cached += self.budget.cost(self._known[key])
                 return self._known[key]
             most = await self._reserve(prompt)
             try:

@@ -22,8 +22,9 @@ class ParsedTask:
 # What is no part of a reply.
 
 _THOUGHTS = r"think|thinking|thoughts?|reasoning"
-_THOUGHTS_BEGIN = re.compile(rf"(?im)^[ \t]*(?:<(?:{_THOUGHTS})>|\[think\])")
-_THOUGHTS_END = re.compile(rf"(?i)</(?:{_THOUGHTS})>|\[/think\]|<\|channel\|>final<\|message\|>")
+_THOUGHTS_TAG = re.compile(
+    rf"(?i)[<\[](?P<end>/?)(?P<name>{_THOUGHTS})[>\]]|(?P<final><\|channel\|>final<\|message\|>)"
+)
 # Marks of the chat format with which some servers let a reply end, and go on.
 _END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|return)\|>|<end_of_turn>|</s>\s*\Z")
 
@@ -31,12 +32,22 @@ _END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|e
 def visible_text(text: str) -> str | None:
     """A reply without a reasoning model's thoughts and without end-of-turn marks; None where the thoughts never end.
 
-    The thoughts are all up to the last end tag, since chat templates often write the first tag themselves.
+    The thoughts are all up to the last end tag, since chat templates often write the first tag themselves. A tag that
+    begins within the reply and ends there is text: an answer may speak of such tags.
     """
-    if ends := list(_THOUGHTS_END.finditer(text)):
-        text = text[ends[-1].end() :]
-    elif _THOUGHTS_BEGIN.search(text):
+    end, within = 0, []
+    for tag in _THOUGHTS_TAG.finditer(text):
+        name = (tag["name"] or "").lower()
+        if tag["final"] or (tag["end"] and name not in within):
+            end, within = tag.end(), []
+        elif tag["end"]:
+            within.remove(name)
+        elif text[: tag.start()].strip():
+            within.append(name)
+    begun = _THOUGHTS_TAG.match(text.lstrip())
+    if not end and begun and not begun["end"]:
         return None
+    text = text[end:]
     return _END_OF_TURN.split(text, maxsplit=1)[0]
 
 
@@ -74,7 +85,7 @@ _HEADER = re.compile(
 # The line that the prompt itself puts between tasks.
 _FORMAT_SEPARATOR = re.compile(r"(?m)^[ \t]*###[ \t]*$")
 # What teachers write in its place: a run of one sign, a single "#", an HTML comment.
-_OTHER_SEPARATOR = re.compile(r"[ \t]*(?:([#*\-=_/;~`])(?:[ \t]*\1)+|<!--.*-->|\#)[ \t]*")
+_OTHER_SEPARATOR = re.compile(r"[ \t]*(?:([#*\-=/;~`])(?:[ \t]*\1)+|__+|<!--.*-->|\#)[ \t]*")  # not "_ _ _", a gap
 # "### Task 4", "**4.**", "4)": a title above fields that carry no number themselves.
 _TITLE = re.compile(
     r"(?i)[ \t]*(?:[#*_> \t-]*(?:task|example)[ \t]*#?\d{1,4}|[#*_]+[ \t]*\d{1,4}|\d{1,4}[.)])[.):]?[*_: \t]*"
@@ -150,7 +161,7 @@ def _read_list(text: str, first_number: int, cut: bool, outputs: bool) -> list[P
         next_title = (first_number + position if title is None else title) + 1
         if numbered and position + 1 < len(chunks):
             next_title = _headers(chunks[position + 1])[0].number
-        tasks.append(_read_task(chunk, outputs, position < last, numbered, next_title))
+        tasks.append(_read_task(chunk, outputs, position < last, numbered, title is not None, next_title))
         title = next_title if _title_number(_last_line(chunk)) == next_title else None
     return tasks
 
@@ -163,7 +174,9 @@ def _split_tasks(text: str, first_number: int, outputs: bool) -> tuple[list[str]
     that begins the list anew.
     """
     headers = _headers(text)
-    numbered = any(header.number is not None for header in headers[1:])
+    # "2. Output: a number." may be a line of an answer; what follows the prompt's own header is a header.
+    telling = [header for header in headers[1:] if header.field == "instruction" or header is headers[1]]
+    numbered = any(header.number is not None for header in telling)
     starts = [h for h in headers if h.field == "instruction" and (h.number is not None or not numbered)]
     bounds = [header.start for header in starts] + [len(text)]
     chunks = [text[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
@@ -188,9 +201,11 @@ def _without_cut_task(chunks: list[str]) -> list[str]:
     return chunks[:-1]
 
 
-def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool, next_title: int | None) -> ParsedTask:
-    """One task from its piece of text. `followed`: another task comes after it, whose title has the number
-    `next_title`, if it has one."""
+def _read_task(
+    chunk: str, outputs: bool, followed: bool, numbered: bool, titled: bool, next_title: int | None
+) -> ParsedTask:
+    """One task from its piece of text. `titled`: a title stood above it. `followed`: another task comes after it, whose
+    title has the number `next_title`, if it has one."""
     start, *headers = _headers(chunk)
 
     def first(field: str, before: int) -> _Header | None:
@@ -209,7 +224,7 @@ def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool, next_t
     context = (
         _clean(chunk[given.end : output.start if output else len(chunk)], followed and not output) if given else ""
     )
-    answer = _clean(chunk[output.end :], followed, not numbered, next_title) if output else ""
+    answer = _clean(chunk[output.end :], followed, not numbered, titled, next_title) if output else ""
     task = ParsedTask(start.number, _without_bold_end(instruction), context, answer if outputs else "")
 
     counted = (given, output) if outputs else (given, output, *(h for h in headers if h.field == "output"))
@@ -225,20 +240,27 @@ def _read_task(chunk: str, outputs: bool, followed: bool, numbered: bool, next_t
     return task
 
 
-def _clean(field: str, followed: bool, titles: bool = False, next_title: int | None = None) -> str:
+def _clean(
+    field: str, followed: bool, bare_titles: bool = False, titled: bool = False, next_title: int | None = None
+) -> str:
     """A field's text without outer white space, and without the separators and the title that lead to the next task,
     or the remark behind the last one."""
     separator = _FORMAT_SEPARATOR.search(field)
     if separator:
         return field[: separator.start()].strip()
-    lines = field.strip().split("\n")
+    lines, title_found = field.strip().split("\n"), False
     while len(lines) > 1:
         last, blank_before = lines[-1], not lines[-2].strip()
         if last.strip():
             is_separator = _OTHER_SEPARATOR.fullmatch(last) and not _closes_fence(lines)
             if followed:
-                bare = titles and _TITLE.fullmatch(last) and (blank_before or not last.strip()[0].isdigit())
-                ends = is_separator or bare or (_title_number(last) or -1) == next_title
+                is_title = (_title_number(last) or -1) == next_title
+                if is_title and not titled:  # the last line of a list "**1. Boil**, **2. Pour**"?
+                    is_title = all(_title_number(line) != next_title - 1 for line in lines)
+                if bare_titles and _TITLE.fullmatch(last):
+                    is_title |= blank_before or not last.strip()[0].isdigit()
+                ends = is_separator or (is_title and not title_found)
+                title_found |= is_title
             else:
                 ends = is_separator and (blank_before or "`" in last)
                 ends = ends or (blank_before and _CLOSING_REMARK.fullmatch(last.strip()) and not _LETTER.match(field))

@@ -1,6 +1,7 @@
 """What replies cost: the price table configs/prices.json, and the budget of a run."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,14 +34,25 @@ class Price:
         return dollars / 1e6 * (self.batch_factor if batch else 1.0)
 
 
+@functools.cache
+def price_table() -> dict[str, Any]:
+    """configs/prices.json."""
+    return jload(ROOT / "configs" / "prices.json")
+
+
+def family(model: str) -> str:
+    """A model's name without the date of a snapshot."""
+    return re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
+
+
 def find_price(model: str, price_input: float | None = None, price_output: float | None = None) -> Price | None:
     """The model's price from the flags or configs/prices.json (dated snapshots cost what their family costs)."""
-    table = jload(ROOT / "configs" / "prices.json")
+    table = price_table()
     if (price_input is None) != (price_output is None):
         raise UserError("--price_input and --price_output (USD per million tokens) go together.")
     if price_input is not None:
         return Price(float(price_input), float(price_output), batch_factor=table["batch_factor"])
-    known = table["models"].get(model) or table["models"].get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
+    known = table["models"].get(model) or table["models"].get(family(model))
     return Price(**known, batch_factor=table["batch_factor"]) if known else None
 
 
@@ -61,8 +73,9 @@ def price_for(
 class Budget:
     """US dollars that replies have cost, that requests under way may cost, and that may be spent in all.
 
-    All amounts stay 0 where the price is unknown. A server that ignores `max_tokens` sends replies that cost more than
-    was reserved for them; later requests reserve as much as the longest reply cost.
+    `price` is that of `model`; replies of other models, from earlier runs in the folder, cost what configs/prices.json
+    says. All amounts stay 0 where the price is unknown. A server that ignores `max_tokens` sends replies that cost more
+    than was reserved for them; later requests reserve as much as the longest reply cost.
     """
 
     price: Price | None = None
@@ -70,11 +83,19 @@ class Budget:
     spent: float = 0.0
     reserved: float = 0.0
     longest_reply: int = 0  # tokens
+    model: str | None = None
+
+    def cost(self, record: Mapping[str, Any]) -> float:
+        """US dollars of a journal's reply."""
+        model, price = record.get("model"), self.price
+        if self.model and model and family(model) != family(self.model):
+            price = find_price(model) or price
+        return price.cost(record["usage"], record.get("batch", False)) if price else 0.0
 
     def count(self, record: Mapping[str, Any]) -> None:
         """Adds what a journal's record cost, where it is a reply."""
         if self.price and "usage" in record:
-            self.spent += self.price.cost(record["usage"], record.get("batch", False))
+            self.spent += self.cost(record)
             self.longest_reply = max(self.longest_reply, record["usage"]["completion"])
 
     def most(self, prompt: str, max_tokens: int | None, batch: bool = False) -> float:

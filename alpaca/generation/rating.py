@@ -16,6 +16,7 @@ from alpaca.generation.client import ModelClient
 from alpaca.generation.data_check import task_sha256
 from alpaca.generation.many_requests import RequestFailed
 from alpaca.generation.paid_replies import PaidReplies
+from alpaca.generation.parsing import visible_text
 from alpaca.generation.prices import Budget
 
 FAILURES_IN_A_ROW = 20  # replies without a rating, after which the judge counts as one that gives none
@@ -65,8 +66,10 @@ _RATING = re.compile(
 
 def read_rating(reply: str) -> tuple[float, str] | None:
     """Rating (1 to 5) and reason from a judge's reply; None where it does not begin with a rating, nor a line does."""
+    reply = visible_text(reply) or ""
     announced = re.search(r"(?im)^[\s*_#>]*(?:overall\s+)?(?:rating|score)\b.*", reply)
-    for text in (reply.strip(), announced[0] if announced else ""):
+    asked_for = re.findall(r"(?m)^[*_ ]*[1-5](?:[.,]\d)?(?: ?/ ?5)?[*_]* *[-–—] .+$", reply)
+    for text in (reply.strip(), announced[0] if announced else "", asked_for[0] if len(asked_for) == 1 else ""):
         if (found := _RATING.fullmatch(text)) and 1 <= (rating := float(found["rating"].replace(",", "."))) <= 5:
             return rating, found["reason"].strip(" \n-–—:.*_")[:500]
     return None

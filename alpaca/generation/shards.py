@@ -63,7 +63,11 @@ def how_to_go_on(harvest: Harvest, folders: Sequence[Path]) -> str:
     """What is missing to the target of all shards, and the command that asks for more."""
     wanted = math.ceil(harvest.target * harvest.target / max(len(harvest.tasks), 1))
     record = jload(folders[0] / "run.json") if (folders[0] / "run.json").is_file() else {}
-    command = command_with(record.get("command", ["generate_instruction.py"]), num_instructions_to_generate=wanted)
+    # torchrun and Slurm give the shard in the environment.
+    shard = record.get("settings", {}).get("shard", "0/1")
+    command = command_with(
+        record.get("command", ["generate_instruction.py"]), num_instructions_to_generate=wanted, shard=shard
+    )
     return (
         f"{harvest.target - len(harvest.tasks):,} of {harvest.target:,} tasks are missing. Finish the shards that "
         "have not reached their own share; where all have, they had tasks in common: start every shard again for more "

@@ -106,7 +106,9 @@ def summarize(
     if end == "budget":
         # The flag names the budget of all shards.
         more = math.ceil(200 * max(budget.limit, budget.spent) * harvest.settings.shard.count) / 100
-        print("The budget is used up. To go on:\n  " + command_with(sys.argv, max_cost_usd=f"{more:g}"))
+        # torchrun and Slurm give the shard in the environment.
+        part = {} if harvest.settings.shard.whole else {"shard": harvest.settings.shard}
+        print("The budget is used up. To go on:\n  " + command_with(sys.argv, max_cost_usd=f"{more:g}", **part))
     if end == "nothing new":
         print(
             f"{limits.max_requests_without_new} replies in a row brought no new task. More seeds, a higher "

@@ -16,6 +16,7 @@ from alpaca.generation import client, many_requests, prices
 from alpaca.generation import server as client_server
 from alpaca.generation.client import ModelClient
 from alpaca.generation.many_requests import RequestFailed
+from alpaca.generation.openai_completion import NotAllAnswered
 from utils import OpenAIDecodingArguments, openai_completion
 
 
@@ -326,6 +327,15 @@ def test_openai_completion_chat_messages_n_and_kwargs(server):
     assert texts == [["re: hi"] * 2, ["re: hi"] * 2, ["re: x"] * 2]
     assert server.log[-1]["body"]["logit_bias"] == {"5": 1}
     assert max(len(entry["body"]["messages"]) for entry in server.log) == 2
+
+
+def test_one_refused_prompt_costs_no_other_its_reply(server):
+    """31 replies that were paid for went with the one prompt that a filter refused."""
+    server.faults = lambda number, body: "policy" if body["messages"][-1]["content"] == "p3" else None
+    with pytest.raises(NotAllAnswered, match=r"5 of 6 prompts were answered") as refused:
+        openai_completion([f"p{i}" for i in range(6)], OpenAIDecodingArguments(), "m")
+    texts = [choices and choices[0].text for choices in refused.value.completions]
+    assert texts == ["re: p0", "re: p1", "re: p2", None, "re: p4", "re: p5"]
 
 
 def test_openai_completion_over_completions_and_errors(server):

@@ -1,5 +1,6 @@
 """generate_instruction.py against a local server: files, repeatability, resume, money, batches, messages."""
 
+import asyncio
 import errno
 import json
 import shutil
@@ -534,6 +535,51 @@ def test_a_batch_of_more_requests_than_sample_lag(tmp_path, server):
     generate(tmp_path / "batch", server, 330, batch_api=True, **options)
     assert len(jload(tmp_path / "batch" / "regen.json")) == 330
     assert max(batch["request_counts"]["total"] for batch in server.batches.values()) > 70
+
+
+def test_a_batch_that_finds_no_room_is_halved(tmp_path, server, capsys):
+    """OpenAI limits the tokens of all waiting batches: the same batch was refused at every start."""
+    run_batch = server._run_batch
+
+    def queue(batch):
+        number = server.files[batch["input_file_id"]]["content"].count(b"\n")
+        if number <= 3:
+            return run_batch(batch)
+        error = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached", "param": None, "line": None}
+        batch |= {"status": "failed", "errors": {"object": "list", "data": [error]}}
+
+    server._run_batch = queue
+    generate(tmp_path / "run", server, 40, batch_api=True, batch_poll_seconds=0.01)
+    assert len(jload(tmp_path / "run" / "regen.json")) == 40
+    assert "no room for" in capsys.readouterr().out
+    sizes = [batch["request_counts"]["total"] for batch in server.batches.values()]
+    assert sizes[0] > 3 and sum(size > 3 for size in sizes) <= 3
+
+
+def test_a_refused_batch_leaves_the_files_of_what_was_answered(tmp_path, server, capsys):
+    """Paid tasks were in the journal alone, and nothing said how to go on."""
+
+    def refuse(batch):
+        batch |= {
+            "status": "failed",
+            "errors": {"object": "list", "data": [{"code": "x", "message": "No.", "line": 1}]},
+        }
+
+    server._run_batch = refuse
+    with pytest.raises(UserError, match="OpenAI refused batch batch_0: No."):
+        generate(tmp_path / "run", server, 40, batch_api=True, batch_poll_seconds=0.01)
+    assert jload(tmp_path / "run" / "alpaca_data.json")
+    assert "the same command goes on from there" in capsys.readouterr().out
+
+
+def test_a_notebook_has_an_event_loop_of_its_own(tmp_path, server):
+    """asyncio.run refuses to run where a loop runs already, as in Jupyter, when the folder was made."""
+
+    async def cell():
+        generate(tmp_path / "run", server, 8)
+
+    asyncio.run(cell())
+    assert len(jload(tmp_path / "run" / "alpaca_data.json")) == 8
 
 
 def test_a_batch_whose_replies_hold_line_separators(tmp_path, server):

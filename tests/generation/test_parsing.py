@@ -378,6 +378,40 @@ def test_thoughts_are_no_tasks(tag, begin):
     assert [task.problem for task in unclosed] == ["thoughts that never end"]
 
 
+def test_tags_in_an_answer_are_text():
+    """An answer about "<thought>...</thought>" took all tasks before it along, without a line in the ledger."""
+    answer = "<thought>Paris is the capital.</thought> is how it is marked."
+    tasks = [("Name two planets.", "", "Mars, Venus"), ("Explain this tag to me.", "", answer)]
+    text = "".join(f"{n}. Instruction: {i}\n{n}. Output: {o}\n###\n" for n, (i, _, o) in enumerate(tasks, 4))
+    for thoughts in ("", "<think>\nI write <think>x</think> there.\n</think>\n", "Hm.</think>\n"):
+        assert rows(parse_reply(thoughts + text, 4)) == tasks
+    assert visible_text(f"So: {answer}") == f"So: {answer}"
+
+
+@pytest.mark.parametrize("header", ["Instruction:", "### Instruction:", "**Instruction**:"])
+def test_numbered_fields_in_an_answer_are_text(header):
+    """ "2. Output: a number." in one answer made the reply a numbered one: its tasks became one row, with the others in
+    its output."""
+    stages = "Three stages:\n1. Input: data comes in.\n2. Output: a number."
+    tasks = [("Explain the stages of computing.", "", stages), ("Name two planets now.", "", "Mars, Venus")]
+    for talk in ("", "Here are the tasks:\n\n"):
+        text = talk + "".join(f"{header} {i}\n{header.replace('Instruction', 'Output')} {o}\n\n" for i, _, o in tasks)
+        assert rows(parse_reply(text, 4)) == tasks
+
+
+def test_the_last_line_of_an_answer_stays():
+    """A fifth step before task 5 went as its title, or beside its title; "_ _ _" went as a rule."""
+    steps = [f"**{n}. Step:** do it" for n in range(1, 6)]
+    for title, answer in (
+        ("", "\n".join(steps)), ("**Task {n}**\n", "\n".join(steps)), ("**Task {n}**\n", "Five letters:\n_ _ _ _ _"),
+    ):  # fmt: skip
+        tasks = [("Explain this in five steps.", "", answer), ("Name two planets now.", "", "Mars, Venus")]
+        text = "Here they are:\n\n"
+        for number, (instruction, _, output) in enumerate(tasks, 4):
+            text += f"{title.format(n=number)}Instruction: {instruction}\nOutput: {output}\n\n"
+        assert rows(parse_reply(text, 4)) == tasks
+
+
 def test_marks_of_the_chat_format_end_a_reply():
     """<|im_end|> stood in the last output, and behind it the turns that a runaway model made up."""
     text = write_reply("{n}. {f}:", "\n").rstrip()

@@ -12,7 +12,7 @@ from alpaca.common.files import jload, read_jsonl
 from alpaca.common.journal import Journal
 from alpaca.generation.client import ModelClient
 from alpaca.generation.paid_replies import PaidReplies
-from alpaca.generation.prices import Budget, Price
+from alpaca.generation.prices import Budget, Price, find_price
 from alpaca.generation.rating import rating_prompt, read_rating
 
 ROWS = [
@@ -50,6 +50,9 @@ def rate(path, folder, server, **options):
         ("**5** – complete", (5.0, "complete")), ("[2] Wrong.", (2.0, "Wrong")), ("1,5 - Made up", (1.5, "Made up")),
         ("The answer is short.\nScore: 4 - fine", (4.0, "fine")), ("", None), ("6 - great", None), ("45", None),
         ("0", None), ("Good.", None), ("100%", None), ("There are 3 faults.", None), ("5.5", None),
+        ("<think>\nRating: 2 would be harsh.\n</think>\n\n4.5 - Correct.", (4.5, "Correct")),
+        ("<think>\n2 - no", None), ("Here it is:\n4 - ok", (4.0, "ok")), ("4 - fair\nor so", (4.0, "fair\nor so")),
+        ("Faults:\n1 - spelling\n2 - style", None),
     ],
 )  # fmt: skip
 def test_ratings_are_read_and_never_guessed(reply, rating):
@@ -117,6 +120,26 @@ def test_equal_rows_are_paid_for_once_and_the_first_shows_the_cost(tmp_path):
         assert len(server.log) == 4
         assert server.log[0]["end"] <= min(request["begin"] for request in server.log[1:])
     assert [row["rating"] for row in read_jsonl(tmp_path / "rated" / "ratings.jsonl")] == [5] * 9
+
+
+@pytest.mark.parametrize("flags", [{"max_concurrency": 0}, {"max_concurrency": -1}, {"limit": -1}])
+def test_numbers_below_one_are_refused(data, tmp_path, flags):
+    """--max_concurrency 0 waited for ever, and --limit -1 left out the last row."""
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} must be at least 1"):
+        generate_instruction.rate(str(data), str(tmp_path / "rated"), base_url="http://127.0.0.1:9/v1", **flags)
+
+
+def test_replies_cost_what_their_own_model_does():
+    """A cheaper model in the same folder made the dear one's replies cheap, and the budget was spent many times."""
+    usage = {"prompt": 1_000_000, "completion": 0}
+    budget = Budget(find_price("gpt-6-luna"), model="gpt-6-luna")
+    for model in ("gpt-6-luna-2026-10-01", "gpt-4o", "gpt-4o-2024-08-06", "a model of my own", None):
+        budget.count({"usage": usage, "model": model})
+    own, other = find_price("gpt-6-luna").input, find_price("gpt-4o").input
+    assert budget.spent == pytest.approx(3 * own + 2 * other) and other > own
+    flagged = Budget(Price(1.0, 1.0), model="gpt-4o")
+    flagged.count({"usage": usage, "model": "gpt-4o-2024-08-06"})
+    assert flagged.spent == pytest.approx(1.0)
 
 
 def test_a_spent_budget_ends_the_wait(tmp_path):

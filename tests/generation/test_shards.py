@@ -51,11 +51,14 @@ def test_joined_shards_are_one_process(tmp_path, server, count, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"sample_from_generated": 2, "sample_lag": 3}])
-def test_shards_ask_each_request_once_and_say_what_is_missing(tmp_path, server, capsys, options):
+def test_shards_ask_each_request_once_and_say_what_is_missing(tmp_path, server, capsys, monkeypatch, options):
     """Shard I has the requests I modulo N, an Nth of the tasks, and its folder; what they have in common goes."""
     options["expected_tasks_per_request"] = 4
     for index in range(3):
-        generate(tmp_path / "out", server, 50, shard=f"{index}/3", price_input=1, price_output=1, **options)
+        with monkeypatch.context() as torchrun:  # as torchrun says it
+            torchrun.setenv("RANK", str(index))
+            torchrun.setenv("WORLD_SIZE", "3")
+            generate(tmp_path / "out", server, 50, price_input=1, price_output=1, **options)
     journals = [read_records(tmp_path / "out" / f"shard_{index}" / "responses.jsonl") for index in range(3)]
     indices = [[r["index"] for r in journal if r["kind"] == "reply"] for journal in journals]
     assert all(index % 3 == shard for shard, found in enumerate(indices) for index in found)
@@ -76,6 +79,7 @@ def test_shards_ask_each_request_once_and_say_what_is_missing(tmp_path, server, 
     assert 30 < len(rows) < 50 and len({row["instruction"] for row in rows}) == len(rows)
     wanted = int(re.search(r"--num_instructions_to_generate (\d+)", out)[1])
     assert f"{50 - len(rows)} of 50 tasks are missing" in out and wanted > 50
+    assert "--shard I/3" in out  # else the command is one for a single process
     for index in range(3):
         generate(tmp_path / "out", server, wanted + 9, shard=f"{index}/3", price_input=1, price_output=1, **options)
     generate_instruction.rebuild(str(tmp_path / "joined"), shards=str(tmp_path / "out" / "shard_*"))
