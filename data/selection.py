@@ -27,6 +27,7 @@ def row_problem(row: Mapping[str, str]) -> str | None:
     checks = (
         speaks_as_a_model(output),
         asks_back(output),
+        echo(instruction, given, output),
         placeholder(instruction, output),
         input_problem(instruction, given),
         asks_the_reader(instruction, given),
@@ -62,6 +63,14 @@ def asks_back(output: str) -> str | None:
     return "asks for more" if _ASKS_BACK.search(output) and len(output.split()) < 80 else None
 
 
+def echo(instruction: str, given: str, output: str) -> str | None:
+    """The task's own text as its answer, where it did not ask for a text that may be right as it is."""
+    if re.search(r"(?i)\b(?:correct|proofread|fix|edit|check|sort|order|format|repeat|print|copy|return)", instruction):
+        return None
+    answer, *task = (" ".join(text.split()) for text in (output, given, instruction))
+    return "repeats its task" if answer in task else None
+
+
 def placeholder(instruction: str, output: str) -> str | None:
     """A text with "[specific topic]" where its matter should stand. A plain "[name]" or "[date]" may be left open."""
     if re.search(r"(?i)\b(?:template|form|placeholders?|fill|brackets?)\b", instruction):
@@ -82,7 +91,9 @@ _MATERIAL = (
 )
 _POINTS_AT_MATERIAL = re.compile(
     rf"(?i)\bthe following\b|\bthe (?:given|provided) {_MATERIAL}\b|\bth(?:is|ese) {_MATERIAL}\b|"
-    rf"\b{_MATERIAL} (?:given |shown |provided )?(?:below|above)\b(?! \d)"
+    rf"\b{_MATERIAL} (?:given |shown |provided )?(?:below|above)\b(?! \d)|"
+    r"^(?!.*\b(?:query|sql|css|html)\b).*\b(?:(?:in|of|from) the (?:table|document|passage|chart)|"
+    r"the product description)\b"
 )
 
 
