@@ -61,10 +61,16 @@ def two_files(tmp_path):
         ("Both are fine, but one is clearer.\n\nVerdict: B", "B"), ("The verdict is: answer A, for its detail.", "A"),
         ("[[B]]", "B"), ("", None), ("A or B", None), ("I prefer a short answer.", None), ("C", None),
         ("Verdict: A. No, verdict: B.", None), ("Answer A is good. Answer B is good.", None), ("A tie", None),
+        ("Answer A:\nWrong sum.\n\nAnswer B:\nCorrect.\n\nVerdict: B", "B"), ("[Answer A]\n..\nVerdict: TIE", "TIE"),
+        ("**Answer A**\nshort\n**Answer B**\nbetter\n\nB", "B"), ("A:\nshort\nB:\nbetter\n\nAnswer: A", "A"),
+        ("**Answer A**\nshort\n**Answer B**\nbetter", None), ("Answer A:\nIt is wrong.", None), ("A\nB", None),
+        ("Answer B\n\nIt is clearer than answer A.", "B"), ("Verdict: a tie.\n\nBoth are right.", "TIE"),
+        ("Verdict: a close one.\nI cannot tell.", None), ("<think>\nA?\n\nVerdict: A\n</think>\nB", "B"),
+        ("<think>\nIs it A or B?\nA", None),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_and_never_guessed(reply, verdict):
-    """A parser that takes the first letter it sees turns babble into votes."""
+    """A parser that takes the first letter it sees turns babble, headings and thoughts into votes."""
     assert judge.read_verdict(reply) == verdict
 
 
