@@ -74,7 +74,7 @@ def test_repetition_penalty_spares_the_prompt(loaded):
 
 def test_batched_answers_equal_one_by_one_on_the_embedded_model():
     """The same on a real model, which stops by itself at different lengths."""
-    model, tokenizer = load_model("embedded")
+    model, tokenizer = load_model("embedded", "auto")  # which asked for a GPU where there is none
     tasks = [
         {"instruction": "Name three colours.", "input": ""},
         {"instruction": "Say which word is a fruit.", "input": "stone, apple, river, a very long word and a short one"},
@@ -256,6 +256,17 @@ def test_folders_that_are_no_model(tiny_llama, tmp_path):
     copy_of(tiny_llama, tmp_path / "out" / "checkpoint-5")
     with pytest.raises(UserError, match="no config.json.*checkpoint-5"):
         load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("device", "dtype", "message"), [
+    ("gpu", None, "--device gpu cannot be used here .*use cpu"),
+    ("cuda:99", None, "--device cuda:99 cannot be used here"),
+    ("cpu", "int8", "--dtype int8 is no floating-point type"),
+])  # fmt: skip
+def test_devices_and_types_that_no_model_can_have(tiny_tied, device, dtype, message):
+    """They were found after the weights were loaded, and said in a traceback."""
+    with pytest.raises(UserError, match=message):
+        load_model(str(tiny_tied), device, dtype)
 
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n"
