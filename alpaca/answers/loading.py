@@ -130,12 +130,15 @@ def _apply_adapter(model, adapter: str):
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model (plain, on the CPU) and the tokenizer that the GGUF file `path` holds.
 
-    Raises UserError where the file is damaged or holds an architecture that transformers cannot read.
+    Raises UserError where the file is damaged or holds an architecture that transformers cannot read, and where the
+    package that reads it is missing.
     """
+    try:
+        from gguf import GGUFReader  # only where requirements-quickstart.txt is installed
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf. Type: pip install -r requirements-quickstart.txt") from error
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with loading(path, "a GGUF model"):
-        from gguf import GGUFReader  # only where requirements-quickstart.txt is installed
-
         unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         kind = GGUFReader(path).fields.get("tokenizer.ggml.pre")

@@ -291,7 +291,7 @@ def test_damaged_checkpoints_are_errors_in_words(tiny_tied, tmp_path, file, dama
         load_model(str(folder))
 
 
-def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path):
+def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path, monkeypatch):
     """A cut .bin is a broken zip archive to torch; a cut GGUF file a numpy error deep in the reader."""
     folder = copy_of(tiny_tied, tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -304,6 +304,9 @@ def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError, match="cut.gguf cannot be loaded as a GGUF model"):
             load_model(str(tmp_path / "cut.gguf"))
+    monkeypatch.setitem(sys.modules, "gguf", None)  # not installed: a whole file was called damaged
+    with pytest.raises(UserError, match="needs the package gguf. Type: pip install"):
+        load_model("embedded")
     (tmp_path / "cut.gguf").write_text(LFS_POINTER)
     with pytest.raises(UserError, match="git-lfs pointer"):
         load_model(str(tmp_path / "cut.gguf"))
