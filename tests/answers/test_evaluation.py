@@ -372,6 +372,9 @@ def test_loss_is_the_models_own_on_response_tokens(tiny_opt):
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     short = held_out_loss(model, tokenizer, [*tasks, {**tasks[0], "input": "word " * 600}], max_length=512)
     assert short["rows_without_response"] == 1 and short["tokens"] == count
+    # Beyond OPT's table of positions there was an IndexError, on a GPU a device-side assert.
+    with pytest.raises(UserError, match=r"--max_length 1,200 the longest row has 1,200 .* Use --max_length 1024\."):
+        held_out_loss(model, tokenizer, [*tasks, {**tasks[0], "output": "word " * 1200}], max_length=1200)
 
 
 def test_the_loss_of_a_broken_model_is_an_error(tiny_opt):
