@@ -319,12 +319,16 @@ def loss(
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
     at_least_one(batch_size=batch_size, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens)
+    if rouge_tasks is not None and rouge_tasks < 0:
+        raise UserError(f"--rouge_tasks must be 0 (no answers) or more, found {rouge_tasks}.")
     models = {"base": (base, None)} if base else {}
     models["tuned" if base else "model"] = model_name_or_path, adapter
     for path, on_top in models.values():
         check_model(path, on_top)
     tasks = load_tasks(data_path)[:limit]
+    answered = tasks[:rouge_tasks]
 
+    from alpaca.answers.answering import prompt_ids, refuse_long_prompts
     from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
     from alpaca.answers.loading import load_model
 
@@ -338,8 +342,10 @@ def loss(
         for name, (path, on_top) in models.items():
             begin = time.monotonic()
             model, tokenizer = load_model(path, device, dtype, on_top)
+            # Before the loss is computed, which the error would throw away.
+            way_out = "Shorten them, or leave ROUGE-L out: --rouge_tasks 0."
+            refuse_long_prompts(model, [prompt_ids(tokenizer, task) for task in answered], way_out)
             results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
-            answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
             if answered:
                 results[name] |= rouge_of_answers(model, tokenizer, answered, sampling, batch_size)
             results[name]["seconds"] = round(time.monotonic() - begin, 1)

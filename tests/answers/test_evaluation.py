@@ -406,3 +406,16 @@ def test_loss_command_compares_two_models(tiny_opt, tiny_tied, run_script, tmp_p
     results = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert set(results) == {"base", "tuned"} and results["base"]["rows"] == 6 and results["base"]["rouge_tasks"] == 3
     assert f"{results['tuned']['loss']:.4f}" in done.stdout and "perplexity" in done.stdout
+
+
+def test_a_prompt_too_long_for_rouge_is_said_before_the_loss(tiny_opt, monkeypatch, tmp_path):
+    """It ended the command after the loss of all rows, which was lost; and --rouge_tasks -1 took all but the last."""
+    import evaluation
+
+    tasks = [*tiny_models.make_tasks(2), {"instruction": "Count.", "input": "zebra " * 600, "output": "600"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    monkeypatch.setattr("alpaca.answers.held_out_loss.held_out_loss", lambda *_: pytest.fail("the loss came first"))
+    with pytest.raises(UserError, match=r"row 3 .*--rouge_tasks 0"):
+        evaluation.loss(str(tiny_opt), str(tmp_path / "tasks.json"))
+    with pytest.raises(UserError, match="--rouge_tasks must be 0 .* found -1"):
+        evaluation.loss(str(tiny_opt), str(tmp_path / "tasks.json"), rouge_tasks=-1)

@@ -187,7 +187,9 @@ def test_modelfile_gives_the_training_prompt(finished):
         assert prompt == format_prompt({"instruction": "Add {the} numbers.", "input": context})
     assert stops_of(text) == ["</s>", "\n\n### Instruction:"] and "\nFROM .\n" in text
     # Ollama strips quotes and nothing else: escapes gave stop strings that no answer holds.
-    assert stops_of(card.modelfile(SimpleNamespace(eos_token="<｜end▁of▁sentence｜>"), 512))[0] == "<｜end▁of▁sentence｜>"
+    assert (
+        stops_of(card.modelfile(SimpleNamespace(eos_token="<｜end▁of▁sentence｜>"), 512))[0] == "<｜end▁of▁sentence｜>"
+    )
 
 
 def stops_of(modelfile: str) -> list[str]:
