@@ -76,7 +76,7 @@ def answer(
         max_concurrency: Requests under way at once to a server.
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
-        overwrite: Begin output_path again.
+        overwrite: Replace output_path. An unfinished run with the same settings goes on.
     """
     if (model_name_or_path is None) == (model is None):
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")

@@ -63,7 +63,7 @@ def answer(
         batch_size: Tasks answered at once; lower it where memory runs out.
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
-        overwrite: Begin output_path again.
+        overwrite: Replace output_path. An unfinished run with the same settings goes on.
         repetition_penalty: Above 1: words that the answer already has become less likely. Small models repeat
             themselves less with 1.2.
     """

@@ -413,6 +413,24 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
         assert journal.answers == {}
 
 
+def test_a_killed_run_with_overwrite_goes_on(tmp_path):
+    """Guards: each start of the same command erased the answers that the message about full memory called kept."""
+    output, settings = tmp_path / "answers.json", {"model": "a"}
+    output.write_text("[]")  # an older result, which stays until the new one is whole
+    for seen in ({}, {0: {"text": "zero"}, 1: {"text": "one"}}):
+        with AnswerJournal(output, settings, overwrite=True) as journal:
+            assert journal.answers == seen
+            journal.add({0: {"text": "zero"}})
+        with PartJournal(output, settings, 1) as part:
+            part.add({1: {"text": "one"}})
+    with AnswerJournal(output, {"model": "b"}, overwrite=True) as journal:
+        assert journal.answers == {}
+        journal.add({0: {"text": "other"}, 1: {"text": "model"}})
+        journal.finish([{"instruction": "x"}] * 2, "b")
+    with AnswerJournal(output, {"model": "b"}, overwrite=True) as journal:
+        assert journal.answers == {}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line.
 
