@@ -52,6 +52,7 @@ def answer(
     device: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    reasoning_effort: str | None = None,
 ):
     """Answers every task of a file with a local model or a served one; goes on where a killed run stopped.
 
@@ -77,6 +78,7 @@ def answer(
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
         overwrite: Replace output_path. An unfinished run with the same settings goes on.
+        reasoning_effort: For reasoning models behind a server, whose thoughts count among the max_new_tokens.
     """
     if (model_name_or_path is None) == (model is None):
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
@@ -93,6 +95,7 @@ def answer(
         settings = {
             "model": model, "base_url": base_url, "api": api, "max_new_tokens": max_new_tokens,
             "temperature": temperature, "top_p": top_p,
+            **({"reasoning_effort": reasoning_effort} if reasoning_effort else {}),
         }  # fmt: skip
         figures = write_server_answers(
             tasks, output_path, [data_path], settings, generator or model, max_concurrency, overwrite

@@ -298,6 +298,21 @@ def test_answers_from_a_server_go_on_after_failures(run_script, tmp_path):
     assert body["prompt"] == format_prompt(tasks[7]) and body["temperature"] == 0 and body["max_tokens"] == 60
 
 
+def test_thoughts_without_an_answer_are_no_answer(tmp_path):
+    """A reasoning model that spent all tokens on its thoughts got empty answers stored, which a judge then compares."""
+    import evaluation
+
+    data, output = tiny_models.write_tasks(tmp_path / "tasks.json", 3), tmp_path / "answers.json"
+    empty = {"text": "", "finish_reason": "length"}
+    with FakeOpenAI(reply=lambda body: "So." if body["reasoning_effort"] == "low" else empty) as server:
+        ask = {"data_path": str(data), "output_path": str(output), "model": "m", "base_url": server.base_url}
+        with pytest.raises(UserError, match=r"3 of 3 tasks got no answer .*--max_new_tokens 512 .*--reasoning_effort"):
+            evaluation.answer(**ask, reasoning_effort="high")
+        assert not output.exists()
+        evaluation.answer(**ask, reasoning_effort="low", overwrite=True)
+    assert [row["output"] for row in json.loads(output.read_text())] == ["So."] * 3
+
+
 def test_a_lone_surrogate_in_a_reply_is_no_end(run_script, tmp_path):
     """A broken half of a character could be written to no file: all answers were paid, and none could be used."""
     data = tiny_models.write_tasks(tmp_path / "tasks.json", 3)
