@@ -560,6 +560,21 @@ def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
     assert run_script("-c", code).stdout.split() == ["False", "False"]
 
 
+def test_serve_asks_for_a_merge_where_there_is_something_to_merge(tiny_tied, tmp_path, monkeypatch):
+    """A name on the hub was called no full checkpoint."""
+    import inference
+
+    served = []
+    monkeypatch.setattr("alpaca.answers.openai_server.serve_with_transformers", lambda path, *_: served.append(path))
+    for path in ("an-org/a-model", str(tiny_tied)):
+        inference.serve(path, port=0, backend="transformers")
+    assert served == ["an-org/a-model", str(tiny_tied)]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_tied)}))
+    for path in ("embedded", str(tmp_path)):
+        with pytest.raises(UserError, match="is no full checkpoint. Add --merged_dir DIR"):
+            inference.serve(path, port=0, backend="transformers")
+
+
 def test_serve_hands_the_checkpoint_to_a_server(tiny_tied, tmp_path):
     """The served model answers as the local one does, on 127.0.0.1 alone, and a taken port is said. transformers' own
     server lists other models than it serves, and answers a chat without messages with status 500."""
