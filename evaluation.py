@@ -187,7 +187,7 @@ def judge(
     from alpaca.answers.judge import PROMPT_VERSION, judge_all
     from alpaca.generation.client import served_model
 
-    model = model or served_model(base_url, DEFAULT_MODEL)
+    model = model or served_model(base_url, DEFAULT_MODEL, "--model")
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
     budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd)

@@ -125,6 +125,7 @@ def judge_all(
             max_tokens=settings["max_tokens"],
             reasoning_effort=settings["reasoning_effort"],
             extra={"top_logprobs": SOFT_LOGPROBS} if settings["soft"] else None,
+            flag="--model",
         )
         # A reply without the odds that soft verdicts are made of is asked for again.
         usable = (lambda reply: reply.get("first_token")) if settings["soft"] else bool

@@ -63,7 +63,7 @@ async def ask_for_missing(
     """Adds the answers that `journal` lacks: (tokens used by kind, row and reason of each task that got none)."""
     sent = {name: settings[name] for name in ("model", "base_url", "api", "temperature", "top_p")}
     most = settings["max_new_tokens"]
-    client = ModelClient(**sent, max_tokens=most, reasoning_effort=settings.get("reasoning_effort"))
+    client = ModelClient(**sent, max_tokens=most, reasoning_effort=settings.get("reasoning_effort"), flag="--model")
     slots = RequestSlots(max_concurrency)
     usage, failed = Counter(prompt=0, completion=0), []
 

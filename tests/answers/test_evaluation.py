@@ -298,6 +298,21 @@ def test_answers_from_a_server_go_on_after_failures(run_script, tmp_path):
     assert body["prompt"] == format_prompt(tasks[7]) and body["temperature"] == 0 and body["max_tokens"] == 60
 
 
+def test_errors_name_the_flag_that_the_command_has(two_files, tmp_path):
+    """They named --model_name, which generate_instruction.py has and evaluation.py refuses."""
+    import evaluation
+
+    data, judged = tiny_models.write_tasks(tmp_path / "tasks.json", 1), {"output_dir": str(tmp_path / "judged")}
+    judged |= {"answers_1": str(two_files[1]), "answers_2": str(two_files[3])}
+    with FakeOpenAI(faults=lambda *_: "404", models=("one", "two")) as server:
+        with pytest.raises(UserError, match=r"serves one, two\. Choose one with --model\."):
+            evaluation.judge(**judged, base_url=server.base_url)
+        with pytest.raises(UserError, match="Check --model, "):
+            evaluation.judge(**judged, base_url=server.base_url, model="m")
+        with pytest.raises(UserError, match="Check --model, "):
+            evaluation.answer(str(data), str(tmp_path / "answers.json"), model="m", base_url=server.base_url)
+
+
 def test_thoughts_without_an_answer_are_no_answer(tmp_path):
     """A reasoning model that spent all tokens on its thoughts got empty answers stored, which a judge then compares."""
     import evaluation
