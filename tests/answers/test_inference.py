@@ -538,11 +538,13 @@ def test_one_instruction_and_two_models_side_by_side(tiny_tied, tiny_opt, run_sc
 
 
 def test_chat_in_the_terminal(tiny_opt):
-    """Instruction, input, answer, again, until the input ends."""
+    """Instruction, input, answer, again, until the input ends; where it ended behind an instruction, no answer came."""
     command = [sys.executable, "inference.py", "chat", "--model_name_or_path", str(tiny_opt), "--max_new_tokens", "6"]
-    done = subprocess.run(command, input="Say hi.\n\nSort.\nb, a\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, input="Say hi.\n\nSort.\nb, a\nName three.\n", capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Instruction:") == 3 and done.stderr.count("tokens/s") == 2
+    assert done.stdout.count("Instruction:") == 4 and done.stderr.count("tokens/s") == 3
 
 
 def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
