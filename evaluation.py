@@ -52,6 +52,7 @@ def answer(
     device: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    reasoning_effort: str | None = None,
 ):
     """Answers every task of a file with a local model or a served one; goes on where a killed run stopped.
 
@@ -76,7 +77,8 @@ def answer(
         max_concurrency: Requests under way at once to a server.
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
-        overwrite: Begin output_path again.
+        overwrite: Replace output_path. An unfinished run with the same settings goes on.
+        reasoning_effort: For reasoning models behind a server, whose thoughts count among the max_new_tokens.
     """
     if (model_name_or_path is None) == (model is None):
         raise UserError("name a local model (--model_name_or_path DIR) or a served one (--model NAME --base_url URL).")
@@ -93,6 +95,7 @@ def answer(
         settings = {
             "model": model, "base_url": base_url, "api": api, "max_new_tokens": max_new_tokens,
             "temperature": temperature, "top_p": top_p,
+            **({"reasoning_effort": reasoning_effort} if reasoning_effort else {}),
         }  # fmt: skip
         figures = write_server_answers(
             tasks, output_path, [data_path], settings, generator or model, max_concurrency, overwrite
@@ -184,7 +187,7 @@ def judge(
     from alpaca.answers.judge import PROMPT_VERSION, judge_all
     from alpaca.generation.client import served_model
 
-    model = model or served_model(base_url, DEFAULT_MODEL)
+    model = model or served_model(base_url, DEFAULT_MODEL, "--model")
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
     budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd)
@@ -319,12 +322,16 @@ def loss(
     if output_dir:
         refuse_existing(Path(output_dir) / "loss.json", overwrite)
     at_least_one(batch_size=batch_size, limit=limit, max_length=max_length, max_new_tokens=max_new_tokens)
+    if rouge_tasks is not None and rouge_tasks < 0:
+        raise UserError(f"--rouge_tasks must be 0 (no answers) or more, found {rouge_tasks}.")
     models = {"base": (base, None)} if base else {}
     models["tuned" if base else "model"] = model_name_or_path, adapter
     for path, on_top in models.values():
         check_model(path, on_top)
     tasks = load_tasks(data_path)[:limit]
+    answered = tasks[:rouge_tasks]
 
+    from alpaca.answers.answering import prompt_ids, refuse_long_prompts
     from alpaca.answers.held_out_loss import held_out_loss, rouge_of_answers
     from alpaca.answers.loading import load_model
 
@@ -338,8 +345,10 @@ def loss(
         for name, (path, on_top) in models.items():
             begin = time.monotonic()
             model, tokenizer = load_model(path, device, dtype, on_top)
+            # Before the loss is computed, which the error would throw away.
+            way_out = "Shorten them, or leave ROUGE-L out: --rouge_tasks 0."
+            refuse_long_prompts(model, [prompt_ids(tokenizer, task) for task in answered], way_out)
             results[name] = {"model": path, **held_out_loss(model, tokenizer, tasks, max_length, batch_size)}
-            answered = tasks if rouge_tasks is None else tasks[:rouge_tasks]
             if answered:
                 results[name] |= rouge_of_answers(model, tokenizer, answered, sampling, batch_size)
             results[name]["seconds"] = round(time.monotonic() - begin, 1)

@@ -12,9 +12,8 @@ A model is a folder with a full checkpoint or a LoRA adapter, a GGUF file, a hub
 import importlib.util
 import os
 import sys
-from pathlib import Path
 
-from alpaca.answers.model_paths import check_model
+from alpaca.answers.model_paths import check_model, is_gguf
 from alpaca.answers.sampling import Sampling
 from alpaca.common.cli import at_least_one, run_cli
 from alpaca.common.errors import UserError
@@ -63,7 +62,7 @@ def answer(
         batch_size: Tasks answered at once; lower it where memory runs out.
         device: cuda, cpu, or auto (spread over all GPUs).
         dtype: float32, bfloat16 or float16; by default the checkpoint's own.
-        overwrite: Begin output_path again.
+        overwrite: Replace output_path. An unfinished run with the same settings goes on.
         repetition_penalty: Above 1: words that the answer already has become less likely. Small models repeat
             themselves less with 1.2.
     """
@@ -143,7 +142,7 @@ def serve(
     is; chat works with the template that train.py saves in the tokenizer.
 
     Args:
-        model_name_or_path: A checkpoint's folder, or an adapter's with --merged_dir.
+        model_name_or_path: A checkpoint's folder, a hub name, or an adapter's folder with --merged_dir.
         port: On 127.0.0.1 only; 0 takes a free one.
         backend: vllm or transformers; by default vllm where it is installed.
         adapter: A LoRA adapter's folder to put on model_name_or_path.
@@ -156,8 +155,8 @@ def serve(
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("vLLM is not installed here: pip install vllm, or --backend transformers.")
     port = free_port(port)
-    check_model(model_name_or_path, adapter)
-    needs_merge = adapter or not (Path(model_name_or_path) / "config.json").is_file()
+    base, on_top = check_model(model_name_or_path, adapter)
+    needs_merge = on_top is not None or is_gguf(base)
     if needs_merge and merged_dir is None:
         raise UserError(f"{adapter or model_name_or_path} is no full checkpoint. Add --merged_dir DIR to write one.")
     if needs_merge:

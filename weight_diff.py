@@ -116,7 +116,9 @@ def recover(
     if test_inference and target is None:
         raise UserError("--test_inference asks the recovered model, which is not written without --path_tuned.")
     if test_inference:
-        check_device(device)
+        from alpaca.answers.loading import find_device  # here, since it imports torch
+
+        find_device(device)
     if is_weight_diff(raw_folder):
         raise UserError(f"--path_raw {path_raw} is a weight diff, not a base model. Are the two paths swapped?")
     manifest = load_manifest(diff_folder)
@@ -190,16 +192,6 @@ def need_config(folder: Path) -> None:
     """Raises UserError where the settings of the model are missing."""
     if not read_config(folder):
         raise UserError(f"{folder} has no config.json, without which the result cannot be loaded. Copy it there.")
-
-
-def check_device(device: str) -> None:
-    """Raises UserError where torch has no such device here."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def smoke_answer(folder: str, device: str) -> str:

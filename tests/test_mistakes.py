@@ -36,6 +36,8 @@ def place(tmp_path_factory, tiny_llama, tiny_tied):
     shutil.copytree(tiny_llama, folder / "pointer")
     (folder / "pointer" / "model.safetensors").write_text(POINTER)
     (folder / "short.json").write_text("[]")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
     verdict = {"instruction": "Say so.", "output_1": "So.", "output_2": "Thus.", "preference": 2}
     (folder / "verdicts.json").write_text(json.dumps([verdict]))
     return folder
@@ -86,6 +88,10 @@ MISTAKES = {
         "evaluation.py loss --model_name_or_path {place}/base --data_path {place}/no_output.json", ["row 3", "output"]
     ),
     "half a download": ("fetch_data.py --from_file {place}/short.json --output_dir {place}/s", ["short.json", "bytes"]),
+    "an adapter for a model": (
+        "weight_diff.py make_diff --path_raw {place}/base --path_tuned {place}/adapter --path_diff {place}/d",
+        ["--merge_lora True", "inference.py serve"],
+    ),
     "no LLaMA folder": (
         "convert_llama.py --input_dir {place}/base --output_dir {place}/hf", ["base", "params.json"]
     ),

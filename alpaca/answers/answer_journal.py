@@ -32,8 +32,9 @@ def journal_path(output_path: str | os.PathLike, rank: int = 0) -> Path:
 class AnswerJournal(Journal):
     """The answers of one run by row number, on disk: `answers` holds those of an earlier, interrupted run as well.
 
-    Raises UserError where `output_path` (.json or .jsonl) exists (unless `overwrite`), where another run holds the
-    journal, and where an earlier run had other `settings`: they decide the answers.
+    Raises UserError where `output_path` (.json or .jsonl) exists, where another run holds the journal, where it is
+    damaged, and where an earlier run had other `settings`: they decide the answers. `overwrite` replaces a finished
+    file, and a journal that is damaged or has other settings; a killed run goes on with it too.
     """
 
     def __init__(self, output_path: str | os.PathLike, settings: Mapping[str, Any], overwrite: bool = False):
@@ -42,10 +43,11 @@ class AnswerJournal(Journal):
             raise UserError(f"--output_path {output_path} must end in .json or .jsonl.")
         refuse_existing(self.output_path, overwrite)
         self.settings = json.loads(json.dumps(settings, default=str))
-        super().__init__(journal_path(output_path), afresh=overwrite)
+        super().__init__(journal_path(output_path), afresh=overwrite and not self._goes_on(journal_path(output_path)))
         try:
             for part in self._parts() if overwrite else ():
-                part.unlink()
+                if not self._goes_on(part):
+                    part.unlink()
             self.answers = self._read(self.path, self.records)
             if not self.records:
                 self.append_now([{"settings": self.settings}])
@@ -56,6 +58,14 @@ class AnswerJournal(Journal):
 
     def _parts(self) -> list[Path]:
         return sorted(self.output_path.parent.glob(f"{glob.escape(self.output_path.name)}.partial.*.jsonl"))
+
+    def _goes_on(self, path: Path) -> bool:
+        """Whether `path` is the undamaged journal of an unfinished run with these settings."""
+        try:
+            self._read(path, read_records(path))
+        except (UserError, OSError):
+            return False
+        return True
 
     def _read(self, path: Path, records: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
         try:

@@ -62,13 +62,13 @@ def context_of(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def refuse_long_prompts(model, prompts: Sequence[Sequence[int]]) -> None:
+def refuse_long_prompts(model, prompts: Sequence[Sequence[int]], way_out: str = "Shorten them.") -> None:
     """Raises UserError, naming up to ten rows, where a prompt leaves no token for an answer in the model's context."""
     long = [f"row {row} ({len(p):,} tokens)" for row, p in enumerate(prompts, 1) if room_for_answer(model, p, 1) < 1]
     if long:
         raise UserError(
             f"{len(long)} of {len(prompts)} prompts leave no room for an answer in the model's context of "
-            f"{context_of(model):,} tokens: {', '.join(long[:10])}{', ...' if len(long) > 10 else ''}. Shorten them."
+            f"{context_of(model):,} tokens: {', '.join(long[:10])}{', ...' if len(long) > 10 else ''}. {way_out}"
         )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
-from alpaca.answers.answering import answers_in_order
+from alpaca.answers.answering import answers_in_order, context_of
 from alpaca.answers.loading import not_finite
 from alpaca.answers.sampling import Sampling
+from alpaca.common.errors import UserError
 from alpaca.generation.rouge import rouge_tokens
 from alpaca.training.data import PaddedCollator, tokenize_dataset
 from alpaca.training.held_out import loss_on_dataset
@@ -25,10 +26,16 @@ def held_out_loss(
 
     Tokens, labels and truncation are those of training. Returns loss, perplexity, tokens, rows, and
     rows_without_response (rows whose prompt leaves no token of the output within `max_length`). Raises UserError where
-    the loss is not finite.
+    a row is longer than the model's context, and where the loss is not finite.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows = tokenize_dataset(tasks, tokenizer, max_length, cache_dir=folder)
+        longest, context = int(rows["length"][:].max()), context_of(model)
+        if context is not None and longest > context:  # learned positions end there, with an IndexError
+            raise UserError(
+                f"at --max_length {max_length:,} the longest row has {longest:,} tokens, and the model's context ends "
+                f"at {context:,}. Use --max_length {context}."
+            )
         collate = PaddedCollator(model.generation_config.pad_token_id)
         found = loss_on_dataset(model, rows, collate, batch_size, model.device)
     if not math.isfinite(found["loss"]):

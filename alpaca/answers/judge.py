@@ -23,6 +23,7 @@ from alpaca.common.journal import Journal
 from alpaca.generation.client import ModelClient
 from alpaca.generation.many_requests import RequestFailed
 from alpaca.generation.paid_replies import PaidReplies
+from alpaca.generation.parsing import visible_text
 from alpaca.generation.prices import Budget
 
 SOFT_LOGPROBS = 20  # likeliest first tokens asked for with soft verdicts: as many as OpenAI's chat gives
@@ -63,18 +64,25 @@ def judge_prompt(task: Mapping[str, str], answer_a: str, answer_b: str) -> str:
 
 
 def read_verdict(reply: str) -> str | None:
-    """ "A", "B" or "TIE" from a judge's reply; None where it names none of them, or more than one."""
-    lines = [line for line in reply.strip().splitlines() if line.strip()]
-    if not lines:
-        return None
-    word = r"(A|B|TIE)"
-    label = r"(?:(?:ANSWER|ASSISTANT|VERDICT)\W+)*"
-    # The reply is the word; or its first or last line is; or it announces one verdict somewhere.
-    for text in (reply, lines[0], lines[-1]):
-        if found := re.fullmatch(rf"\W*{label}{word}\W*", text.strip().upper()):
-            return found[1]
-    announced = set(re.findall(rf"\bVERDICT\W+(?:IS\W+)?(?:ANSWER\W+)?{word}\b", reply.upper()))
-    return announced.pop() if len(announced) == 1 else None
+    """ "A", "B" or "TIE" from a judge's reply, without its thoughts; None where it names none of them, or several."""
+    text = (visible_text(reply) or "").strip()
+    lines = [line.upper() for line in text.splitlines() if line.strip()]
+    word, label = r"(A|B|TIE)", r"(?:ANSWER|ASSISTANT)\W+"
+    if found := re.fullmatch(rf"\W*(?:VERDICT\W+|{label})*{word}\W*", text.upper()):
+        return found[1]
+
+    def lone_words(mark: str, lines: Sequence[str]) -> set[str]:
+        """The words that lines consist of; with a colon behind the word a line is a heading."""
+        matches = (re.fullmatch(rf"\W*{mark}{word}[^\w:]*", line) for line in lines)
+        return {found[1] for found in matches if found}
+
+    # A capital A, since "the verdict is a close one" names none.
+    announced = rf"(?i:\bVERDICT\W+(?:IS\W+)?(?:{label}|A\s+(?=TIE))?)(A|B|(?i:TIE))\b"
+    said = {found.upper() for found in re.findall(announced, text)}
+    said |= lone_words(r"(?:ANSWER:\W*)?", lines[:1] + lines[-1:])
+    # "Answer B" is a verdict too, unless "Answer A" heads other lines: then the judge discusses one after the other.
+    said = said or (lone_words(label, lines[:1] + lines[-1:]) and lone_words(label, lines))
+    return said.pop() if len(said) == 1 else None
 
 
 def soft_verdict(first_token: Mapping[str, float]) -> float | None:
@@ -117,6 +125,7 @@ def judge_all(
             max_tokens=settings["max_tokens"],
             reasoning_effort=settings["reasoning_effort"],
             extra={"top_logprobs": SOFT_LOGPROBS} if settings["soft"] else None,
+            flag="--model",
         )
         # A reply without the odds that soft verdicts are made of is asked for again.
         usable = (lambda reply: reply.get("first_token")) if settings["soft"] else bool

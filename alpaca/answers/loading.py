@@ -29,21 +29,20 @@ def load_model(path: str, device: str | None = None, dtype: str | None = None, a
     all GPUs); by default the GPU with this process's LOCAL_RANK where there is one. `dtype`: "float32", "bfloat16",
     ...; by default the checkpoint's own, and float32 where a float16 checkpoint meets a CPU.
 
-    Raises UserError where there is no model, it is a weight diff, its files are damaged, tensors are missing, or it
-    does not fit its tokenizer.
+    Raises UserError where there is no model or no such device, it is a weight diff, its files are damaged, tensors are
+    missing, or it does not fit its tokenizer.
     """
     if not sys.stderr.isatty():  # no loading bars in log files and pipes
         transformers.utils.logging.disable_progress_bar()
     path, adapter = check_model(path, adapter)
-    if device in (None, "cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else device or "cpu"
+    device = find_device(device)
     torch_dtype = getattr(torch, dtype, None) if dtype else None
-    if dtype and not isinstance(torch_dtype, torch.dtype):
+    if dtype and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise UserError(f"--dtype {dtype} is no floating-point type. Use float32, bfloat16 or float16.")
 
     if is_gguf(path):
         model, tokenizer = load_gguf(find_gguf(None if path == "embedded" else path), torch_dtype or torch.float32)
-        model = model.to("cuda" if device == "auto" else device)
+        model = model.to(find_device(None) if device == "auto" else device)
     else:
         model = _load_weights(path, torch_dtype, device)
         # An adapter trained with new tokens carries its own tokenizer.
@@ -71,6 +70,22 @@ def load_model(path: str, device: str | None = None, dtype: str | None = None, a
     filler = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(stops)
     model.generation_config = GenerationConfig(eos_token_id=sorted(stops), pad_token_id=filler)
     return model.eval(), tokenizer
+
+
+def find_device(device: str | None) -> str:
+    """The device that a model goes to: this process's GPU for "cuda", and for None where there is one, else the CPU.
+
+    Raises UserError where torch has no such device here.
+    """
+    if device in (None, "cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else device or "cpu"
+    if device != "auto":
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {device} cannot be used here ({reason}). Leave it out, or use cpu.") from error
+    return device
 
 
 @contextlib.contextmanager
@@ -115,12 +130,15 @@ def _apply_adapter(model, adapter: str):
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model (plain, on the CPU) and the tokenizer that the GGUF file `path` holds.
 
-    Raises UserError where the file is damaged or holds an architecture that transformers cannot read.
+    Raises UserError where the file is damaged or holds an architecture that transformers cannot read, and where the
+    package that reads it is missing.
     """
+    try:
+        from gguf import GGUFReader  # only where requirements-quickstart.txt is installed
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf. Type: pip install -r requirements-quickstart.txt") from error
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     with loading(path, "a GGUF model"):
-        from gguf import GGUFReader  # only where requirements-quickstart.txt is installed
-
         unpacked = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         kind = GGUFReader(path).fields.get("tokenizer.ggml.pre")

@@ -29,7 +29,8 @@ def write_server_answers(
     """Asks for the answers to `tasks` and writes them as answer_file.write_answers does.
 
     `settings`: model, base_url, api (chat sends the task as a message, completions the training prompt),
-    max_new_tokens, temperature, top_p. Raises UserError where a task got no answer; the same call asks for it again.
+    max_new_tokens, temperature, top_p, and where given reasoning_effort. Raises UserError where a task got no answer;
+    the same call asks for it again.
     """
     begin, output = time.monotonic(), Path(output_path)
     settings = {**settings, "rows": len(tasks), "tasks": tasks_digest(tasks)}
@@ -61,7 +62,9 @@ async def ask_for_missing(
 ) -> tuple[Counter, list[tuple[int, str]]]:
     """Adds the answers that `journal` lacks: (tokens used by kind, row and reason of each task that got none)."""
     sent = {name: settings[name] for name in ("model", "base_url", "api", "temperature", "top_p")}
-    client, slots = ModelClient(**sent, max_tokens=settings["max_new_tokens"]), RequestSlots(max_concurrency)
+    most = settings["max_new_tokens"]
+    client = ModelClient(**sent, max_tokens=most, reasoning_effort=settings.get("reasoning_effort"), flag="--model")
+    slots = RequestSlots(max_concurrency)
     usage, failed = Counter(prompt=0, completion=0), []
 
     async def ask(row: int) -> None:
@@ -73,9 +76,13 @@ async def ask_for_missing(
             except RequestFailed as error:
                 failed.append((row, str(error)))
                 return
+            usage.update(reply.usage)
             answer = {"text": reply.text.strip(), "finish_reason": reply.finish_reason}
+            if not answer["text"] and reply.finish_reason == "length":  # thoughts alone, and no bad answer
+                way_out = "Begin again with --overwrite True and more of them, or with --reasoning_effort low"
+                failed.append((row, f"it thought until --max_new_tokens {most} were used up. {way_out}"))
+                return
             journal.add({row: {**answer, "tokens": reply.usage["completion"]}})
-        usage.update(reply.usage)
 
     try:
         await slots.run(ask(row) for row in range(len(tasks)) if row not in journal.answers)

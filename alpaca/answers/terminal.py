@@ -69,8 +69,10 @@ def chat(model, tokenizer, sampling: Sampling) -> None:
     print("Type an instruction, then its input or just Enter. Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
-            instruction = input("\nInstruction: ")
-            context = input("Input: ") if instruction.strip() else ""
+            instruction, context = input("\nInstruction: "), ""
+            if instruction.strip():
+                with contextlib.suppress(EOFError):  # echo "Name three colours." | python inference.py chat
+                    context = input("Input: ")
         except (EOFError, KeyboardInterrupt):
             print()
             return

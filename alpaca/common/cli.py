@@ -38,6 +38,7 @@ def run_cli(commands: Mapping[str, Callable], default: str | None = None) -> Non
                 others = ", ".join(name for name in commands if name != default)
                 print(f"Commands: {default} (runs when none is named), {others}. `COMMAND --help` shows its flags.\n")
         if not wants_help and argv:
+            argv = [argv[0], *join_values(argv[1:])]
             check_line(argv[0], commands[argv[0]], argv[1:])
         import fire
 
@@ -58,7 +59,7 @@ def check_line(command: str, function: Callable, args: Sequence[str]) -> None:
         return
     program, types_of, problems = Path(sys.argv[0]).name, value_types(function), []
     given, positional = set(), 0
-    for flag, value in flags_and_values(args):
+    for flag, value in flags_and_values(join_values(args)):
         if flag is None:
             name = list(parameters)[positional] if positional < len(parameters) else None
             positional += 1
@@ -75,7 +76,8 @@ def check_line(command: str, function: Callable, args: Sequence[str]) -> None:
             continue
         given.add(name)
         if value is None and types_of[name] is not bool:
-            problems.append(f"--{name} needs a value.")
+            dash = f" Type --{name}=VALUE for one that begins with a dash." if types_of[name] is str else ""
+            problems.append(f"--{name} needs a value.{dash}")
         elif value is not None:
             try:
                 reader(name, types_of[name])(value)
@@ -89,17 +91,31 @@ def check_line(command: str, function: Callable, args: Sequence[str]) -> None:
         raise UserError("\n".join(problems))
 
 
+def join_values(args: Sequence[str]) -> list[str]:
+    """The words of a line with each `--flag value` as one, `--flag=value`.
+
+    Fire takes any value that begins with a dash for a flag. Here it is one where it has the form of a flag: a list with
+    dashes, or a question about -x, is a value.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    words, joined = list(args[:end]), []
+    while words:
+        word = words.pop(0)
+        takes_value = words and not re.fullmatch(r"(?s)--?[A-Za-z][\w-]*(=.*)?", words[0])
+        if takes_value and re.fullmatch(r"--[A-Za-z][\w-]*", word):
+            word = f"{word}={words.pop(0)}"
+        joined.append(word)
+    return joined + list(args[end:])
+
+
 def flags_and_values(args: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
-    """(flag without dashes, its value or None), and (None, value) for a word that belongs to no flag."""
+    """(flag without dashes, its value or None) of the words of `join_values`, and (None, value) for a word that belongs
+    to no flag."""
     words = list(args[: args.index("--")] if "--" in args else args)
     while words:
         word = words.pop(0)
-        flag = re.match(r"--([A-Za-z][\w-]*)(=?)", word)
-        if flag and flag[2]:
-            yield flag[1], word[flag.end() :]
-        elif flag:
-            has_value = words and not re.match(r"--?[A-Za-z]", words[0])
-            yield flag[1], words.pop(0) if has_value else None
+        if flag := re.match(r"(?s)--([A-Za-z][\w-]*)(?:=(.*))?", word):
+            yield flag[1], flag[2]
         elif re.match(r"-[A-Za-z]", word):  # Fire's short flags, which it checks itself
             if words and not words[0].startswith("-"):
                 words.pop(0)

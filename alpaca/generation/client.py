@@ -61,10 +61,10 @@ class Reply:
     sent: Any = None
 
 
-def served_model(base_url: str | None, model: str) -> str:
+def served_model(base_url: str | None, model: str, flag: str = "--model_name") -> str:
     """The model to ask for: `model`, but where it is OpenAI's default and the server serves only another one, that one.
 
-    Raises UserError where the server serves several others.
+    `flag`: the command's flag for the model. Raises UserError where the server serves several others.
     """
     server = find_server(base_url)
     if server.official or model != DEFAULT_MODEL:
@@ -82,7 +82,7 @@ def served_model(base_url: str | None, model: str) -> str:
     if model in names or not names:
         return model
     if len(names) > 1:
-        raise UserError(f"{server.url} serves {', '.join(sorted(map(str, names)))}. Choose one with --model_name.")
+        raise UserError(f"{server.url} serves {', '.join(sorted(map(str, names)))}. Choose one with {flag}.")
     print(f"note: {server.url} serves {names[0]}; it is the model that is asked.")
     return names[0]
 
@@ -97,8 +97,8 @@ class ModelClient:
 
     api: "chat", "completions", or "auto": `first_api`, and the other one where the server says that it lacks the first.
     temperature, top_p, max_tokens, extra: sent with every request (None is left out); max_retries: of one request after
-    connection errors, 408, 409 and 5xx; request_timeout: seconds that one try may take in all. `counts` holds what went
-    wrong and was mended by another try.
+    connection errors, 408, 409 and 5xx; request_timeout: seconds that one try may take in all; flag: the command's flag
+    for the model, which errors name. `counts` holds what went wrong and was mended by another try.
     """
 
     def __init__(
@@ -114,11 +114,12 @@ class ModelClient:
         max_retries: int = 6,
         request_timeout: float = 600.0,
         extra: Mapping[str, Any] | None = None,
+        flag: str = "--model_name",
     ):
         if api not in ("auto", "completions", "chat"):
             raise UserError(f"--api must be auto, completions or chat, found {api!r}.")
         self.server = find_server(base_url)
-        self.model, self.url = model, self.server.url
+        self.model, self.url, self.flag = model, self.server.url, flag
         self.max_retries, self.request_timeout = max_retries, request_timeout
         # Nearly every server has chat; one that has not, or a base model, says so at the first request.
         self.api, self._may_switch = (first_api, True) if api == "auto" else (api, False)
@@ -167,7 +168,7 @@ class ModelClient:
         except openai.APIConnectionError as error:
             raise self.server.unreachable(error) from error
         if date and date <= datetime.date.today().isoformat():
-            raise UserError(f"OpenAI shut down {self.model} on {date}. Use --model_name {DEFAULT_MODEL}.")
+            raise UserError(f"OpenAI shut down {self.model} on {date}. Use {self.flag} {DEFAULT_MODEL}.")
         if date:
             print(f"note: OpenAI will shut down {self.model} on {date}; {DEFAULT_MODEL} is the current small model.")
 
@@ -354,7 +355,7 @@ class ModelClient:
             small = f" OpenAI's current small model is {DEFAULT_MODEL}." if self.server.official else ""
             raise UserError(
                 f"{self.url} has no model or endpoint for {self.model!r} (404): {message}\n"
-                f"Check --model_name, --base_url and --api.{small} {kept}"
+                f"Check {self.flag}, --base_url and --api.{small} {kept}"
             ) from error
         if code in _QUOTA_CODES or getattr(error, "type", None) in _QUOTA_CODES:
             raise UserError(f"the quota at {self.url} is exhausted ({code or status}): {message}\n{kept}") from error

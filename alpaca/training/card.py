@@ -1,6 +1,5 @@
 """What stands beside a trained model for those who did not train it: its card, and a Modelfile for Ollama."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ def modelfile(tokenizer, context: int) -> str:
     """The text of an Ollama Modelfile under which a chat's message gets the training prompt, byte for byte.
 
     The message is the instruction. A system message, where there is one, is the input: Ollama's templates know no other
-    second text. Stop strings are the tokenizer's EOS and the heading that a model which does not end goes on with.
+    second text. Stop strings are the tokenizer's EOS and the heading that a model which does not end goes on with. They
+    stand as they are, line feeds too: Ollama takes the quotes off and reads no escapes.
     """
     with_input, without = PROMPT_DICT["prompt_input"], PROMPT_DICT["prompt_no_input"]
     template = (
@@ -50,7 +50,7 @@ def modelfile(tokenizer, context: int) -> str:
             "# ollama create NAME -f Modelfile, typed in this folder. A system message is the task's input.",
             "FROM .",
             f'TEMPLATE """{template}"""',
-            *(f"PARAMETER stop {json.dumps(text)}" for text in stops),
+            *(f'PARAMETER stop """{text}"""' for text in stops),
             "PARAMETER temperature 0",
             f"PARAMETER num_ctx {max(2048, context)}",
             "",

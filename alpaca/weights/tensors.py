@@ -148,7 +148,10 @@ def _no_weights(folder: Path) -> str:
             f"  python convert_llama.py --input_dir {meta[0].parent} --output_dir llama-hf"
         )
     elif (folder / "adapter_config.json").is_file():
-        text += " It is a LoRA adapter: merge it into its base first (train.py writes the merged model)."
+        text += (
+            " It is a LoRA adapter. Train with --merge_lora True, or merge it into its base first:\n"
+            f"  python inference.py serve --model_name_or_path {folder} --merged_dir MERGED"
+        )
     elif any(folder.glob("*.gguf")):
         text += " A GGUF file is a model quantised for llama.cpp: give the model in the transformers format."
     return text

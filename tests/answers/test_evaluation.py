@@ -61,10 +61,16 @@ def two_files(tmp_path):
         ("Both are fine, but one is clearer.\n\nVerdict: B", "B"), ("The verdict is: answer A, for its detail.", "A"),
         ("[[B]]", "B"), ("", None), ("A or B", None), ("I prefer a short answer.", None), ("C", None),
         ("Verdict: A. No, verdict: B.", None), ("Answer A is good. Answer B is good.", None), ("A tie", None),
+        ("Answer A:\nWrong sum.\n\nAnswer B:\nCorrect.\n\nVerdict: B", "B"), ("[Answer A]\n..\nVerdict: TIE", "TIE"),
+        ("**Answer A**\nshort\n**Answer B**\nbetter\n\nB", "B"), ("A:\nshort\nB:\nbetter\n\nAnswer: A", "A"),
+        ("**Answer A**\nshort\n**Answer B**\nbetter", None), ("Answer A:\nIt is wrong.", None), ("A\nB", None),
+        ("Answer B\n\nIt is clearer than answer A.", "B"), ("Verdict: a tie.\n\nBoth are right.", "TIE"),
+        ("Verdict: a close one.\nI cannot tell.", None), ("<think>\nA?\n\nVerdict: A\n</think>\nB", "B"),
+        ("<think>\nIs it A or B?\nA", None),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_and_never_guessed(reply, verdict):
-    """A parser that takes the first letter it sees turns babble into votes."""
+    """A parser that takes the first letter it sees turns babble, headings and thoughts into votes."""
     assert judge.read_verdict(reply) == verdict
 
 
@@ -292,6 +298,36 @@ def test_answers_from_a_server_go_on_after_failures(run_script, tmp_path):
     assert body["prompt"] == format_prompt(tasks[7]) and body["temperature"] == 0 and body["max_tokens"] == 60
 
 
+def test_errors_name_the_flag_that_the_command_has(two_files, tmp_path):
+    """They named --model_name, which generate_instruction.py has and evaluation.py refuses."""
+    import evaluation
+
+    data, judged = tiny_models.write_tasks(tmp_path / "tasks.json", 1), {"output_dir": str(tmp_path / "judged")}
+    judged |= {"answers_1": str(two_files[1]), "answers_2": str(two_files[3])}
+    with FakeOpenAI(faults=lambda *_: "404", models=("one", "two")) as server:
+        with pytest.raises(UserError, match=r"serves one, two\. Choose one with --model\."):
+            evaluation.judge(**judged, base_url=server.base_url)
+        with pytest.raises(UserError, match="Check --model, "):
+            evaluation.judge(**judged, base_url=server.base_url, model="m")
+        with pytest.raises(UserError, match="Check --model, "):
+            evaluation.answer(str(data), str(tmp_path / "answers.json"), model="m", base_url=server.base_url)
+
+
+def test_thoughts_without_an_answer_are_no_answer(tmp_path):
+    """A reasoning model that spent all tokens on its thoughts got empty answers stored, which a judge then compares."""
+    import evaluation
+
+    data, output = tiny_models.write_tasks(tmp_path / "tasks.json", 3), tmp_path / "answers.json"
+    empty = {"text": "", "finish_reason": "length"}
+    with FakeOpenAI(reply=lambda body: "So." if body["reasoning_effort"] == "low" else empty) as server:
+        ask = {"data_path": str(data), "output_path": str(output), "model": "m", "base_url": server.base_url}
+        with pytest.raises(UserError, match=r"3 of 3 tasks got no answer .*--max_new_tokens 512 .*--reasoning_effort"):
+            evaluation.answer(**ask, reasoning_effort="high")
+        assert not output.exists()
+        evaluation.answer(**ask, reasoning_effort="low", overwrite=True)
+    assert [row["output"] for row in json.loads(output.read_text())] == ["So."] * 3
+
+
 def test_a_lone_surrogate_in_a_reply_is_no_end(run_script, tmp_path):
     """A broken half of a character could be written to no file: all answers were paid, and none could be used."""
     data = tiny_models.write_tasks(tmp_path / "tasks.json", 3)
@@ -366,6 +402,9 @@ def test_loss_is_the_models_own_on_response_tokens(tiny_opt):
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     short = held_out_loss(model, tokenizer, [*tasks, {**tasks[0], "input": "word " * 600}], max_length=512)
     assert short["rows_without_response"] == 1 and short["tokens"] == count
+    # Beyond OPT's table of positions there was an IndexError, on a GPU a device-side assert.
+    with pytest.raises(UserError, match=r"--max_length 1,200 the longest row has 1,200 .* Use --max_length 1024\."):
+        held_out_loss(model, tokenizer, [*tasks, {**tasks[0], "output": "word " * 1200}], max_length=1200)
 
 
 def test_the_loss_of_a_broken_model_is_an_error(tiny_opt):
@@ -397,3 +436,16 @@ def test_loss_command_compares_two_models(tiny_opt, tiny_tied, run_script, tmp_p
     results = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert set(results) == {"base", "tuned"} and results["base"]["rows"] == 6 and results["base"]["rouge_tasks"] == 3
     assert f"{results['tuned']['loss']:.4f}" in done.stdout and "perplexity" in done.stdout
+
+
+def test_a_prompt_too_long_for_rouge_is_said_before_the_loss(tiny_opt, monkeypatch, tmp_path):
+    """It ended the command after the loss of all rows, which was lost; and --rouge_tasks -1 took all but the last."""
+    import evaluation
+
+    tasks = [*tiny_models.make_tasks(2), {"instruction": "Count.", "input": "zebra " * 600, "output": "600"}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    monkeypatch.setattr("alpaca.answers.held_out_loss.held_out_loss", lambda *_: pytest.fail("the loss came first"))
+    with pytest.raises(UserError, match=r"row 3 .*--rouge_tasks 0"):
+        evaluation.loss(str(tiny_opt), str(tmp_path / "tasks.json"))
+    with pytest.raises(UserError, match="--rouge_tasks must be 0 .* found -1"):
+        evaluation.loss(str(tiny_opt), str(tmp_path / "tasks.json"), rouge_tasks=-1)

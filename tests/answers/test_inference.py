@@ -74,7 +74,7 @@ def test_repetition_penalty_spares_the_prompt(loaded):
 
 def test_batched_answers_equal_one_by_one_on_the_embedded_model():
     """The same on a real model, which stops by itself at different lengths."""
-    model, tokenizer = load_model("embedded")
+    model, tokenizer = load_model("embedded", "auto")  # which asked for a GPU where there is none
     tasks = [
         {"instruction": "Name three colours.", "input": ""},
         {"instruction": "Say which word is a fruit.", "input": "stone, apple, river, a very long word and a short one"},
@@ -258,6 +258,17 @@ def test_folders_that_are_no_model(tiny_llama, tmp_path):
         load_model(str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("device", "dtype", "message"), [
+    ("gpu", None, "--device gpu cannot be used here .*use cpu"),
+    ("cuda:99", None, "--device cuda:99 cannot be used here"),
+    ("cpu", "int8", "--dtype int8 is no floating-point type"),
+])  # fmt: skip
+def test_devices_and_types_that_no_model_can_have(tiny_tied, device, dtype, message):
+    """They were found after the weights were loaded, and said in a traceback."""
+    with pytest.raises(UserError, match=message):
+        load_model(str(tiny_tied), device, dtype)
+
+
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n"
 
 
@@ -280,7 +291,7 @@ def test_damaged_checkpoints_are_errors_in_words(tiny_tied, tmp_path, file, dama
         load_model(str(folder))
 
 
-def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path):
+def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path, monkeypatch):
     """A cut .bin is a broken zip archive to torch; a cut GGUF file a numpy error deep in the reader."""
     folder = copy_of(tiny_tied, tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -293,6 +304,9 @@ def test_damaged_torch_and_gguf_files_are_errors_in_words(tiny_tied, tmp_path):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(UserError, match="cut.gguf cannot be loaded as a GGUF model"):
             load_model(str(tmp_path / "cut.gguf"))
+    monkeypatch.setitem(sys.modules, "gguf", None)  # not installed: a whole file was called damaged
+    with pytest.raises(UserError, match="needs the package gguf. Type: pip install"):
+        load_model("embedded")
     (tmp_path / "cut.gguf").write_text(LFS_POINTER)
     with pytest.raises(UserError, match="git-lfs pointer"):
         load_model(str(tmp_path / "cut.gguf"))
@@ -396,6 +410,24 @@ def test_journal_survives_a_torn_line_and_refuses_other_settings(tmp_path):
     with pytest.raises(UserError, match="line 2 is broken"):
         AnswerJournal(output, {"model": "c"})
     with AnswerJournal(output, {"model": "c"}, overwrite=True) as journal:
+        assert journal.answers == {}
+
+
+def test_a_killed_run_with_overwrite_goes_on(tmp_path):
+    """Guards: each start of the same command erased the answers that the message about full memory called kept."""
+    output, settings = tmp_path / "answers.json", {"model": "a"}
+    output.write_text("[]")  # an older result, which stays until the new one is whole
+    for seen in ({}, {0: {"text": "zero"}, 1: {"text": "one"}}):
+        with AnswerJournal(output, settings, overwrite=True) as journal:
+            assert journal.answers == seen
+            journal.add({0: {"text": "zero"}})
+        with PartJournal(output, settings, 1) as part:
+            part.add({1: {"text": "one"}})
+    with AnswerJournal(output, {"model": "b"}, overwrite=True) as journal:
+        assert journal.answers == {}
+        journal.add({0: {"text": "other"}, 1: {"text": "model"}})
+        journal.finish([{"instruction": "x"}] * 2, "b")
+    with AnswerJournal(output, {"model": "b"}, overwrite=True) as journal:
         assert journal.answers == {}
 
 
@@ -506,11 +538,13 @@ def test_one_instruction_and_two_models_side_by_side(tiny_tied, tiny_opt, run_sc
 
 
 def test_chat_in_the_terminal(tiny_opt):
-    """Instruction, input, answer, again, until the input ends."""
+    """Instruction, input, answer, again, until the input ends; where it ended behind an instruction, no answer came."""
     command = [sys.executable, "inference.py", "chat", "--model_name_or_path", str(tiny_opt), "--max_new_tokens", "6"]
-    done = subprocess.run(command, input="Say hi.\n\nSort.\nb, a\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, input="Say hi.\n\nSort.\nb, a\nName three.\n", capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Instruction:") == 3 and done.stderr.count("tokens/s") == 2
+    assert done.stdout.count("Instruction:") == 4 and done.stderr.count("tokens/s") == 3
 
 
 def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
@@ -526,6 +560,21 @@ def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
             answering.Sampling(**wrong)
     code = "import inference, evaluation, sys; print('torch' in sys.modules, 'openai' in sys.modules)"
     assert run_script("-c", code).stdout.split() == ["False", "False"]
+
+
+def test_serve_asks_for_a_merge_where_there_is_something_to_merge(tiny_tied, tmp_path, monkeypatch):
+    """A name on the hub was called no full checkpoint."""
+    import inference
+
+    served = []
+    monkeypatch.setattr("alpaca.answers.openai_server.serve_with_transformers", lambda path, *_: served.append(path))
+    for path in ("an-org/a-model", str(tiny_tied)):
+        inference.serve(path, port=0, backend="transformers")
+    assert served == ["an-org/a-model", str(tiny_tied)]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_tied)}))
+    for path in ("embedded", str(tmp_path)):
+        with pytest.raises(UserError, match="is no full checkpoint. Add --merged_dir DIR"):
+            inference.serve(path, port=0, backend="transformers")
 
 
 def test_serve_hands_the_checkpoint_to_a_server(tiny_tied, tmp_path):

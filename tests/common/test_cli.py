@@ -57,6 +57,7 @@ def job(output_dir: str, rows: int = 10, rate: float | None = None, note: str | 
         ("--output_dir o --rows 1,000", "Type 1000."),
         ("--output_dir o --fast maybe", "--fast takes True or False"),
         ("--output_dir o --rows", "--rows needs a value"),
+        ("--output_dir o --note -x", "--note needs a value. Type --note=VALUE for one that begins with a dash."),
         ("--rows 5", "job needs --output_dir"),
         ("--output_dir o --row 5", "Did you mean --rows?"),
         ("a 5 0.5 b True c", "takes no further value 'c'"),
@@ -98,6 +99,25 @@ def test_values_are_read_by_the_signature(name, text, value):
     """A folder called 7 became a number, "red, blue" a tuple, and `--overwrite false` was true."""
     found = cli.reader(name, cli.value_types(job)[name])(text)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--note", "-x is what?"], ["--note", "--- translate this"], ["--note", "-"], ["--note", "- a\n- b=1"],
+        ["--note=-x"], ["--note", "--all of them = none"], ["--note", "plain"],
+    ],
+)  # fmt: skip
+def test_values_that_begin_with_a_dash(words, monkeypatch):
+    """ "-x is what?" was no value, and "--- translate this" passed the check and ended in Fire's usage."""
+    seen = []
+
+    def job(output_dir: str, note: str | None = None, fast: bool = False):
+        seen.append((output_dir, note, fast))
+
+    monkeypatch.setattr(sys, "argv", ["job.py", "job", "--output_dir", "o", *words, "--fast"])
+    cli.run_cli({"job": job})
+    assert seen == [("o", "=".join(words).removeprefix("--note="), True)]
 
 
 def test_help_of_the_first_command_shows_its_flags(run_script):

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from alpaca.common.files import jload, read_jsonl, write_jsonl
 from alpaca.common.ports import free_port
 from alpaca.common.prompt import PROMPT_DICT, format_prompt
+from alpaca.training import card
 from alpaca.training.data import load_rows, tokenize_dataset
 from alpaca.training.memory import memory_estimate, memory_table
 from alpaca.training.report import Flops, ReportCallback, peak_tflops
@@ -184,8 +185,15 @@ def test_modelfile_gives_the_training_prompt(finished):
     for context in ("", "2 and 3\n{{ .Prompt }}"):
         prompt = rendered(template, System=context, Prompt="Add {the} numbers.", Response="")
         assert prompt == format_prompt({"instruction": "Add {the} numbers.", "input": context})
-    stops = [json.loads(line.removeprefix("PARAMETER stop ")) for line in text.splitlines() if " stop " in line]
-    assert stops == ["</s>", "\n\n### Instruction:"] and "\nFROM .\n" in text
+    assert stops_of(text) == ["</s>", "\n\n### Instruction:"] and "\nFROM .\n" in text
+    # Ollama strips quotes and nothing else: escapes gave stop strings that no answer holds.
+    assert (
+        stops_of(card.modelfile(SimpleNamespace(eos_token="<｜end▁of▁sentence｜>"), 512))[0] == "<｜end▁of▁sentence｜>"
+    )
+
+
+def stops_of(modelfile: str) -> list[str]:
+    return re.findall(r'^PARAMETER stop """(.*?)"""$', modelfile, re.DOTALL | re.MULTILINE)
 
 
 def test_counts_are_of_all_processes(finished, tiny_llama, run_script, tmp_path):
