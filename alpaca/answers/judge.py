@@ -7,7 +7,6 @@ probabilities that the judge gives to the words can count (soft verdicts), avera
 judge that always says the same word still shows which answer makes it less sure.
 """
 
-import asyncio
 import math
 import re
 import time
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
 from alpaca.generation.client import ModelClient
-from alpaca.generation.many_requests import RequestFailed
+from alpaca.generation.many_requests import RequestFailed, run_async
 from alpaca.generation.paid_replies import PaidReplies
 from alpaca.generation.parsing import visible_text
 from alpaca.generation.prices import Budget
@@ -137,7 +136,7 @@ def judge_all(
         finally:
             await client.close()
 
-    annotations, failures, replies = asyncio.run(ask())
+    annotations, failures, replies = run_async(ask())
     return annotations, {
         "base_url": replies.client.url,
         "date": time.strftime("%Y-%m-%d"),

@@ -1,6 +1,5 @@
 """A file of tasks to a file of answers by a model behind an OpenAI-compatible server."""
 
-import asyncio
 import os
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
 from alpaca.common.run_record import run_record
 from alpaca.generation.client import ModelClient
-from alpaca.generation.many_requests import RequestFailed, RequestSlots
+from alpaca.generation.many_requests import RequestFailed, RequestSlots, run_async
 from alpaca.generation.prices import find_price
 
 
@@ -39,7 +38,7 @@ def write_server_answers(
         run_record(output.parent, settings, inputs, f"{output.stem}.run.json") as record,
     ):
         earlier = len(journal.answers)
-        usage, failed = asyncio.run(ask_for_missing(tasks, journal, settings, max_concurrency))
+        usage, failed = run_async(ask_for_missing(tasks, journal, settings, max_concurrency))
         price = find_price(settings["model"])
         record["figures"] = {
             "answers": len(journal.answers) - earlier,
