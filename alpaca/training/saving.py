@@ -130,10 +130,11 @@ def write_verified(
             jdump(config, beside / "config.json", indent=2)
         difference = check_model(beside, None if is_adapter else weights, probe, expected, rounding)
         names = sorted(p.name for p in beside.iterdir() if p.name != "README.md")  # train.py writes its own card
-        for old in output_dir.glob("*.safetensors*"):
+        # A plain model beside an old adapter_config.json, and an adapter beside a config.json, cannot be loaded.
+        settings = ("config.json", "adapter_config.json", "generation_config.json", "Modelfile", SEAL)
+        for old in (*output_dir.glob("*.safetensors*"), *(output_dir / name for name in settings)):
             if old.name not in names:
-                old.unlink()
-        (output_dir / SEAL).unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
         # config.json last: until then nothing there can be loaded as a model.
         for name in sorted(names, key=lambda name: name in ("config.json", "adapter_config.json")):
             os.replace(beside / name, output_dir / name)

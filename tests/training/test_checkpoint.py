@@ -145,17 +145,21 @@ def written(tiny_llama):
 
 
 def test_written_model_is_read_back(written, tiny_llama, tmp_path):
-    """Guards: checkpoints that could not be loaded, or lacked what a reader needs, were found out by their users."""
+    """Guards: checkpoints that could not be loaded, or lacked what a reader needs, were found out by their users; a
+    LoRA run that went on with --merge_lora True left the adapter's settings beside the plain model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, weights, probe, expected = written
+    for name in ("adapter_config.json", "adapter_model.safetensors", "Modelfile", "notes.txt"):
+        (tmp_path / name).write_text("{}")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     done = saving.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
     assert done["dtype"] == "float32" and done["difference"] == 0
     assert checkpoint.find_damage(tmp_path) == [] and not list(tmp_path.glob(".*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.use_cache and again.config.dtype == torch.float32
+    assert not list(tmp_path.glob("adapter*")) and (tmp_path / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("fault", ["nan", "other weights", "missing"])
