@@ -32,6 +32,7 @@ from alpaca.training.arguments import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
 from alpaca.training.arguments import DataArguments as DataArguments
 from alpaca.training.arguments import ModelArguments as ModelArguments
 from alpaca.training.checkpoint import (
+    UNVERIFIED,
     changed_batch,
     check_disk,
     checkpoint_to_resume,
@@ -145,6 +146,7 @@ def clear_result(output_dir: str) -> None:
     """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
+    shutil.rmtree(Path(output_dir) / UNVERIFIED, ignore_errors=True)
     weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "config.json", "adapter_config.json")
     for pattern in (*weights, "Modelfile", "train_log.jsonl", "sample_answers.jsonl"):
         for file in Path(output_dir).glob(pattern):

@@ -21,6 +21,7 @@ from alpaca.common.files import jdump
 from alpaca.common.run_record import sha256_file
 
 SEAL = "checksums.json"
+UNVERIFIED = "unverified_model"  # the folder of a final model that failed its check
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Seals.

@@ -164,7 +164,8 @@ def test_written_model_is_read_back(written, tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("fault", ["nan", "other weights", "missing"])
 def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
-    """Guards: a save that gathered the wrong or no weights left a model that talks gibberish, with exit status 0."""
+    """Guards: a save that gathered the wrong or no weights left a model that talks gibberish, with exit status 0; what
+    could not be read back was deleted, and with it all the training of a run without checkpoints."""
     import torch
     from transformers import AutoTokenizer
 
@@ -177,11 +178,13 @@ def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
     else:
         del weights["model.layers.1.mlp.down_proj.weight"]
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="not what was trained"):
+    with pytest.raises(RuntimeError, match="not what was trained") as failure:
         saving.write_verified(
             model, weights, torch.float32, AutoTokenizer.from_pretrained(tiny_llama), tmp_path, probe, expected, 1e-3
         )
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "unverified_model"]
+    assert str(tmp_path / "unverified_model") in failure.value.__notes__[0]
+    assert (tmp_path / "unverified_model/model.safetensors").exists()
 
 
 def test_final_check_holds_one_layer_in_float32(tiny_llama):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -400,6 +401,19 @@ def test_adapters_of_a_tied_model_are_merged(targets, tiny_tied, tmp_path):
     assert model.config.tie_word_embeddings == (targets in ("q_proj", "all-linear"))
     if targets == "all-linear":
         assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in run.output
+
+
+def test_adapters_of_a_base_in_another_cache(tiny_llama, tmp_path):
+    """Guards: with --cache_dir the base of the written adapters was looked for elsewhere, after all the training."""
+    base = tmp_path / "cache/models--someone--base"
+    shutil.copytree(tiny_llama, base / "snapshots/0123abcd")
+    (base / "refs").mkdir()
+    (base / "refs/main").write_text("0123abcd")
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    argv = ["--model_name_or_path", "someone/base", "--cache_dir", tmp_path / "cache", "--data_path", data]
+    argv += ["--output_dir", tmp_path / "out", "--max_steps", 1, "--lora_r", 4, "--save_strategy", "no"]
+    run = train_runs.launch([*argv, "--data_cache_dir", tmp_path / "tokens"], tmp_path / "log").ok()
+    assert "read back" in run.output and (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_adapters_on_tied_ends_under_fsdp_are_refused(tiny_tied, tmp_path):
