@@ -116,12 +116,12 @@ def train(argv: list[str] | None = None) -> None:
         trained = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
         final = (parameters if model_args.merge_lora else trained) * saved_itemsize(config, args)
         say(check_disk(args, final, trained, len(train_set)))
-        # A checkpoint in there that the run goes on from is not given up.
+        model = load_model(model_args, args, tokenizer, say)
+        trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, counts, say)
+        # Only now that the new run can begin; and a checkpoint in there that it goes on from is not given up.
         goes_on = resume and is_inside(resume, args.output_dir)
         if args.overwrite and args.should_save and not goes_on:
             clear_result(args.output_dir)
-        model = load_model(model_args, args, tokenizer, say)
-        trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, counts, say)
         trainer.train(resume_from_checkpoint=resume)
         if stop.stopped:
             raise Stopped

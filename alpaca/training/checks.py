@@ -5,6 +5,7 @@ Not a command; train.py calls `read_command_line` before it imports torch.
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,15 +167,32 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 
 
+# What --report_to takes beside "all" and "none" -> the package to import; None where it is none.
+TRACKERS = {
+    "azure_ml": "azureml.core", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
+    "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "kubeflow": None, "mlflow": "mlflow",
+    "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+
+
 def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that `name` is a part of
+        return False
 
 
 def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
-    """The optional packages that flags ask for and that are not there."""
-    wanted = run.get("report_to") or []
-    wanted = [(f"--report_to {name}", name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
-    wanted = [(what, name) for what, name in wanted if name in ("tensorboard", "wandb", "trackio")]
+    """The optional packages that flags ask for and that are not there, and trackers that do not exist."""
+    trackers = run.get("report_to") or []
+    trackers = [trackers] if isinstance(trackers, str) else trackers
+    trackers = [] if trackers in (["all"], ["none"]) else trackers
+    unknown = [
+        f"--report_to {name}: no such tracker; known: {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}"
+        for name in trackers
+        if name not in TRACKERS
+    ]
+    wanted = [(f"--report_to {name}", TRACKERS[name]) for name in trackers if TRACKERS.get(name)]
     optimizer = run.get("optim") or ""
     # The longest part decides: adamw_torch_8bit is torchao's.
     found = max((part for part in OPTIMIZER_PACKAGES if part in optimizer), key=len, default=None)
@@ -182,11 +200,8 @@ def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
         wanted.append((f"--optim {optimizer}", OPTIMIZER_PACKAGES[found]))
     if run.get("use_liger_kernel"):
         wanted.insert(0, ("--use_liger_kernel True", "liger_kernel"))
-    return [
-        f"{what} needs {name.replace('_', '-')}: pip install {name.replace('_', '-')}"
-        for what, name in wanted
-        if not installed(name)
-    ]
+    missing = [(what, re.sub("[._]", "-", name)) for what, name in wanted if not installed(name)]
+    return unknown + [f"{what} needs {package}: pip install {package}" for what, package in missing]
 
 
 def check_deepspeed(path: str) -> list[str]:

@@ -75,6 +75,8 @@ def split_validation(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(train, validation): `val_size` rows, or that share of them where it is below 1, drawn by `seed`, order kept."""
     count = round(val_size * len(rows)) if 0 < val_size < 1 else int(val_size)
+    if val_size and not count:
+        raise UserError(f"--val_size {val_size} of {len(rows)} rows is no row: give a count, such as --val_size 1.")
     if not 0 <= count < len(rows):
         raise UserError(f"--val_size {val_size} leaves nothing to train on: there are {len(rows)} rows.")
     held_out = set(random.Random(seed).sample(range(len(rows)), count))

@@ -144,13 +144,18 @@ def test_chat_template_is_the_training_prompt(quickstart):
 
 
 def test_a_result_is_not_overwritten(quickstart, tiny_tied, run_script, tmp_path):
-    """Guards: the second start of a command replaced the first's result."""
+    """Guards: the second start of a command replaced the first's result; a run that could not begin deleted it."""
     _, out = quickstart
     again = words(tiny_tied, tmp_path, out)
     before = (out / "model.safetensors").read_bytes()
     done = run_script("train.py", *again, status=2)
     assert "--overwrite True" in done.stderr and "--resume_from_checkpoint auto" in done.stderr
     assert (out / "model.safetensors").read_bytes() == before
+    shutil.copytree(tiny_tied, tmp_path / "torn")
+    (tmp_path / "torn/model.safetensors").write_bytes(b"torn")
+    torn = ["--model_name_or_path", tmp_path / "torn", "--overwrite", "True"]
+    assert train_runs.launch([*again, *torn], tmp_path / "log").status
+    assert (out / "model.safetensors").read_bytes() == before and (out / "config.json").exists()
     run = train_runs.launch([*again, "--overwrite", "True", "--max_steps", 1], tmp_path / "log").ok()
     assert "saved to" in run.output and (out / "model.safetensors").read_bytes() != before
 

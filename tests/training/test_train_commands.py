@@ -296,7 +296,17 @@ def test_deepspeed_file_that_saves_no_weights_is_refused(tmp_path):
 
 
 def test_packages_that_a_flag_needs(tmp_path):
-    """Guards: a missing optional package was found out after the model was loaded."""
+    """Guards: a missing optional package, or a misspelt tracker, was found out after the model was loaded."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(checks.TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+    assert checks.check_packages({"report_to": ["none"]}) == checks.check_packages({"report_to": "all"}) == []
+    problems = checks.check_packages({"report_to": ["mlflow", "azure_ml", "tensorbord"]})
+    assert "--report_to tensorbord: no such tracker" in problems[0] and "Did you mean tensorboard?" in problems[0]
+    assert problems[1:] == [
+        "--report_to mlflow needs mlflow: pip install mlflow",
+        "--report_to azure_ml needs azureml-core: pip install azureml-core",
+    ]
     absent = [("use_liger_kernel", ["True"]), ("report_to", ["wandb", "tensorboard"])]
     problems = checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
     assert problems == [

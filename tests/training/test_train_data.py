@@ -86,6 +86,9 @@ def test_split_is_repeatable_and_disjoint():
     assert sorted(row["instruction"] for row in train + held_out) == sorted(row["instruction"] for row in rows)
     with pytest.raises(UserError, match="val_size"):
         training_data.split_validation(rows, 50, seed=0)
+    # Once a run without the held-out loss that was asked for, or a traceback of Trainer's.
+    with pytest.raises(UserError, match=r"--val_size 0.01 of 50 rows is no row"):
+        training_data.split_validation(rows, 0.01, seed=0)
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------
