@@ -17,6 +17,11 @@ from alpaca.common.tasks import TASK_FILES
 from alpaca.training.arguments import argv_pairs, is_true, modernise, parse, print_help, read_mapping
 from alpaca.training.checkpoint import SEAL, checkpoints
 
+# Flags whose values are paths, some of them several with commas between.
+HOME_PATHS = {
+    "model_name_or_path", "cache_dir", "data_path", "eval_data_path", "sample_tasks", "data_cache_dir", "output_dir",
+    "resume_from_checkpoint",
+}  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -39,10 +44,24 @@ def read_command_line(argv: Sequence[str], say=print) -> CommandLine:
     line = CommandLine(*parse(pairs, problems))
     if str(line.run["resume_from_checkpoint"]).lower() in ("false", "no", "none", "0"):
         line.run["resume_from_checkpoint"] = None
+    expand_home(line)
     refuse(problems + check(*line))
     for note in notes:
         say(f"note: {note}")
     return line
+
+
+def expand_home(line: CommandLine) -> None:
+    """Replaces "~" at the start of paths, as a shell does, but for a run file's values and for --flag=~/path.
+
+    transformers does so with the output folder, hence after what stands there was looked for.
+    """
+    for values in line:
+        for name in HOME_PATHS & set(values):
+            if values[name]:
+                values[name] = re.sub(
+                    r"(^|(?<=,))\s*~[^,]*", lambda path: os.path.expanduser(path[0].strip()), values[name]
+                )
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -166,6 +166,22 @@ def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
     assert "would remove the base" in done.stderr and (out / "config.json").exists()
 
 
+def test_home_is_expanded_before_the_checks(tmp_path, monkeypatch):
+    """Guards: "~" in a run file's output_dir, which no shell expands, got round the protection of what stands there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("out/config.json", "base/config.json", "a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run.yaml").write_text("output_dir: ~/out\nmodel_name_or_path: ~/base\ndata_path: ~/a.json, ~/a.json\n")
+    with pytest.raises(UserError) as refused:
+        checks.read_command_line([str(tmp_path / "run.yaml")])
+    assert "1 problem" in str(refused.value) and f"{tmp_path}/out already holds something" in str(refused.value)
+    line = checks.read_command_line([str(tmp_path / "run.yaml"), "--output_dir=~/new"])
+    assert line.run["output_dir"] == f"{tmp_path}/new"
+    assert line.model["model_name_or_path"] == f"{tmp_path}/base"
+    assert line.data["data_path"] == f"{tmp_path}/a.json,{tmp_path}/a.json"
+
+
 @pytest.mark.parametrize("kind", ["bloom", "mixtral"])
 def test_other_models_train_too(kind, tiny_tied, tmp_path):
     """Guards: models without sdpa, or whose code cannot run on tensors without values, ended in a traceback before
