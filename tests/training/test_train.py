@@ -287,6 +287,19 @@ def test_damaged_shard_is_not_resumed_from(uninterrupted, tiny_llama, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "out/model.safetensors").read_bytes()
 
 
+def test_resuming_after_the_last_step_trains_nothing(tiny_llama, tmp_path):
+    """Guards: a run resumed from its last checkpoint made one step more, and replaced the model with that one."""
+    out = tmp_path / "out"
+    once = [*words(tiny_llama, tmp_path, out, *SAVES), "--max_steps", 2, "--lr_scheduler_type", "constant"]
+    train_runs.launch(once, tmp_path / "log").ok()
+    whole, losses = (out / "model.safetensors").read_bytes(), train_runs.losses(out)
+    (out / "model.safetensors").unlink()  # as after a kill during the final save
+    run = train_runs.launch([*once, "--resume_from_checkpoint", "auto"], tmp_path / "log").ok()
+    assert (out / "model.safetensors").read_bytes() == whole and train_runs.losses(out) == losses
+    assert "all 2 steps were made before: nothing is trained" in run.output
+    assert [folder.name for folder in checkpoint.checkpoints(out)] == ["checkpoint-2"]
+
+
 def test_resuming_with_another_batch_is_said(uninterrupted, tiny_llama, tmp_path):
     """Guards: a run resumed on other hardware, hence with another global batch, trained on other rows unnoticed."""
     out = tmp_path / "out"
