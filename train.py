@@ -78,7 +78,7 @@ def train(argv: list[str] | None = None) -> None:
     from alpaca.training.memory import memory_estimate, memory_table, saved_itemsize
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
     from alpaca.training.report import dataset_statistics
-    from alpaca.training.saving import save
+    from alpaca.training.saving import on_first_process, save
     from alpaca.training.trainer import make_trainer
     from alpaca.training.training_arguments import arguments_for_this_machine
 
@@ -128,7 +128,7 @@ def train(argv: list[str] | None = None) -> None:
         save(trainer, tokenizer, config, model_args, args, say)
         if args.process_index == 0:
             describe(args.output_dir, model_args.model_name_or_path, inputs, settings, trainer.report.final, tokenizer)
-    hub.push()
+    on_first_process(args, hub.push)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from alpaca.common.errors import UserError
 from alpaca.common.files import fsync_dir, jdump, jload, usual_rights
 from alpaca.common.prompt import alpaca_chat_template
 from alpaca.training.checkpoint import SEAL, UNVERIFIED, seal
@@ -219,8 +220,8 @@ def float32_by_layer(model: Any) -> Any:
 def on_first_process(args: Any, work: Callable[[], None], seconds: float = 10.0) -> None:
     """Runs `work` on the first process while the others wait for it, however long it takes.
 
-    A barrier gives up after --ddp_timeout (1,800 s), which writing and checking a large model may take. Here all meet
-    every few seconds. Raises on every process where `work` fails.
+    A barrier gives up after --ddp_timeout (1,800 s), which writing, checking or uploading a large model may take. Here
+    all meet every few seconds. Raises on every process where `work` fails: UserError on those that only waited.
     """
     if args.world_size == 1:
         return work()
@@ -235,4 +236,4 @@ def on_first_process(args: Any, work: Callable[[], None], seconds: float = 10.0)
         if job is not None:
             job.result()
         elif state.item() == 2:
-            raise RuntimeError("the first process failed to write; its message says why")
+            raise UserError("the first process failed; its message says why")
