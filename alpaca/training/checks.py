@@ -140,9 +140,11 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
         problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
     if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
         problem(f"--val_size {data['val_size']}: expected a count of rows, or a share below 1")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
-        if run[name] < 1:
-            problem(f"--{name} {run[name]}: expected at least 1")
+    sizes = {name: run[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    sizes |= {"model_max_length": run["model_max_length"], "max_train_samples": data["max_train_samples"]}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            problem(f"--{name} {value}: expected at least 1")
     if run["label_smoothing_factor"] and data["padding_free"]:
         problem("--label_smoothing_factor needs the logits of every token: add --padding_free False")
     if run["fp16"] and run["bf16"]:

@@ -336,6 +336,11 @@ def load_data(
         seen, rows = len(rows), [row for row in rows if (row["instruction"], row["input"]) not in known]
         if len(rows) < seen:
             say(f"{seen - len(rows)} rows of --data_path are in --eval_data_path too and are not trained on")
+        if not rows:
+            raise UserError(
+                f"every training row is in --eval_data_path {data_args.eval_data_path} too, which leaves none to train "
+                "on. Name other held-out rows, or take some of --data_path in its place: --val_size 0.05"
+            )
     elif data_args.val_size:
         rows, held_out = split_validation(rows, data_args.val_size, seed)
     encoder = text_encoder(tokenizer)

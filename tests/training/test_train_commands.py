@@ -365,11 +365,12 @@ def test_settings_that_fail_late_are_refused_first(tmp_path, run_script):
     data = tiny_models.write_tasks(tmp_path / "alpaca_data.json", 3)
     done = run_script(
         "train.py", "--data_path", data, "--output_dir", tmp_path / "out", "--metric_for_best_model", "eval_bleu",
-        "--push_to_hub", "True", "--qlora", "True", "--fsdp", "full_shard", status=2,
+        "--push_to_hub", "True", "--qlora", "True", "--fsdp", "full_shard", "--max_train_samples", -1, status=2,
         env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     for text in (
         "only the held-out loss is measured",
+        "--max_train_samples -1: expected at least 1",
         "HF_HUB_OFFLINE is set",
         "--qlora and --fsdp do not go together",
     ):

@@ -9,6 +9,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.prompt import IGNORE_INDEX, format_prompt
 from alpaca.training import attention
 from alpaca.training import data as training_data
+from alpaca.training.arguments import DataArguments
 from alpaca.training.data import PaddedCollator, PaddingFreeCollator, data_report, load_rows, tokenize_dataset
 
 MODELS = ("tiny_llama", "tiny_opt", "tiny_tied")
@@ -74,6 +75,14 @@ def test_dataset_folder_and_unknown_name(tmp_path):
     assert load_rows(str(tmp_path / "set"))[0]["input"] == ""
     with pytest.raises(UserError, match="neither a file here nor a Hugging Face dataset"):
         load_rows(str(tmp_path / "nothing_here"))
+
+
+def test_held_out_rows_that_are_all_rows_are_refused(tiny_llama, tmp_path):
+    """Guards: the same file for training and for the held-out loss was told as rows that are too long."""
+    path = str(tiny_models.write_tasks(tmp_path / "a.json", 3))
+    settings = DataArguments(data_path=path, eval_data_path=path, data_cache_dir=str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match=r"every training row is in --eval_data_path .*--val_size"):
+        training_data.load_data(settings, 512, 0, tokenizer_of(tiny_llama), print)
 
 
 def test_split_is_repeatable_and_disjoint():
