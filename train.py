@@ -31,6 +31,7 @@ from alpaca.common.run_record import run_record
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
 from alpaca.training.arguments import DataArguments as DataArguments
 from alpaca.training.arguments import ModelArguments as ModelArguments
+from alpaca.training.arguments import named_paths
 from alpaca.training.checkpoint import (
     UNVERIFIED,
     changed_batch,
@@ -109,7 +110,8 @@ def train(argv: list[str] | None = None) -> None:
 
     # ---- training ----------------------------------------------------------------------------------------------------
     settings = {**vars(model_args), **vars(data_args), **args.to_sanitized_dict()}
-    inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
+    data_paths = named_paths(data_args.data_path)
+    inputs = data_paths + named_paths(data_args.eval_data_path) + named_paths(data_args.sample_tasks)
     hub = HubRepository(args, say)
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         parameters = empty_model(config).num_parameters()
@@ -127,7 +129,9 @@ def train(argv: list[str] | None = None) -> None:
             raise Stopped
         save(trainer, tokenizer, config, model_args, args, say)
         if args.process_index == 0:
-            describe(args.output_dir, model_args.model_name_or_path, inputs, settings, trainer.report.final, tokenizer)
+            describe(
+                args.output_dir, model_args.model_name_or_path, data_paths, settings, trainer.report.final, tokenizer
+            )
     on_first_process(args, hub.push)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import is_inside
 from alpaca.common.tasks import TASK_FILES
-from alpaca.training.arguments import argv_pairs, is_true, modernise, parse, print_help, read_mapping
+from alpaca.training.arguments import argv_pairs, is_true, modernise, named_paths, parse, print_help, read_mapping
 from alpaca.training.checkpoint import SEAL, checkpoints
 
 # Flags whose values are paths, some of them several with commas between.
@@ -87,7 +87,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
     if not data["data_path"]:
         problem("--data_path is missing: for example --data_path ./alpaca_data.json")
     for name in ("data_path", "eval_data_path", "sample_tasks"):
-        for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
+        for path in named_paths(data[name]):
             if not Path(path).exists() and (path.endswith(TASK_FILES) or path.startswith((".", "/"))):
                 folder = Path(path).parent
                 near = did_you_mean(Path(path).name, [p.name for p in folder.glob("*.*")], f"{folder}/")

@@ -28,6 +28,7 @@ from alpaca.common.files import jdump, jload
 from alpaca.common.prompt import IGNORE_INDEX, format_prompt
 from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import TASK_FILES, check_tasks, load_tasks
+from alpaca.training.arguments import named_paths
 
 TRUNCATIONS = ("cut", "cut_eos", "drop")
 
@@ -48,7 +49,7 @@ def load_rows(data_paths: str | Sequence[str], max_samples: int | None = None) -
     where a row cannot be read.
     """
     if isinstance(data_paths, str):
-        data_paths = [data_paths] if Path(data_paths).is_file() else data_paths.split(",")
+        data_paths = named_paths(data_paths)
     rows = []
     for source in (str(path).strip() for path in data_paths):
         rows += (

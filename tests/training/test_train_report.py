@@ -97,13 +97,17 @@ def test_steps_after_the_last_log_line_count(finished, tiny_llama, tmp_path):
 def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
     """With load_best_model_at_end the folder holds the best model, and the report gave the last step's figures.
 
-    The base's own repetition penalty is none of the answers'.
+    The base's own repetition penalty is none of the answers'. Of two training files neither was in run.json, and the
+    card named both, with this machine's folders, as one data set.
     """
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     settings = {**jload(base / "generation_config.json"), "repetition_penalty": 9.0}
     (base / "generation_config.json").write_text(json.dumps(settings))
     data = tiny_models.write_tasks(tmp_path / "data.json", 40)
+    halves = [tmp_path / "first.json", tmp_path / "second.json"]
+    for place, half in enumerate(halves):
+        half.write_text(json.dumps(jload(data)[20 * place : 20 * place + 20]))
     held_out = tiny_models.write_tasks(tmp_path / "held_out.json", 8, seed=5)
     # The rate is far too high, so that the first step is the best.
     more = [
@@ -111,14 +115,18 @@ def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
         "--save_steps", 1, "--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type",
         "constant", "--data_cache_dir", tmp_path / "tokens", "--sample_tasks", data,
     ]  # fmt: skip
-    run = train_runs.launch([*command(base, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    paths = ", ".join(map(str, halves))
+    run = train_runs.launch([*command(base, paths, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
     report = json.loads((tmp_path / "out" / "train_report.json").read_text())
     lines = [line for line in read_jsonl(tmp_path / "out" / "train_log.jsonl") if "eval_loss" in line]
     best = min(lines, key=lambda line: line["eval_loss"])
     assert best["step"] < report["steps"] == 5 and len(lines) == 5
     assert report["saved_step"] == best["step"] and report["eval_loss_of_saved_step"] == best["eval_loss"]
     assert f"step {best['step']}, the best one: held-out loss {best['eval_loss']:.4f}" in run.output
-    (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert card.datasets == ["first.json", "second.json"]
+    assert set(jload(tmp_path / "out" / "run.json")["inputs"]) == {str(path) for path in (*halves, held_out, data)}
+    (result,) = card.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", round(best["eval_loss"], 4))
     from alpaca.answers.answering import answer_batch
     from alpaca.answers.held_out_loss import held_out_loss
