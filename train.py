@@ -76,7 +76,7 @@ def train(argv: list[str] | None = None) -> None:
     from alpaca.training.card import describe
     from alpaca.training.data import describe_example, load_data
     from alpaca.training.hub import HubRepository
-    from alpaca.training.memory import memory_estimate, memory_table, saved_itemsize
+    from alpaca.training.memory import checkpoint_bytes, memory_estimate, memory_table, saved_itemsize
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
     from alpaca.training.report import dataset_statistics
     from alpaca.training.saving import on_first_process, save
@@ -117,7 +117,7 @@ def train(argv: list[str] | None = None) -> None:
         parameters = empty_model(config).num_parameters()
         trained = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
         final = (parameters if model_args.merge_lora else trained) * saved_itemsize(config, args)
-        say(check_disk(args, final, trained, len(train_set)))
+        say(check_disk(args, final, checkpoint_bytes(config, args, model_args, trained), len(train_set)))
         model = load_model(model_args, args, tokenizer, say)
         trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, counts, say)
         # Only now that the new run can begin; and a checkpoint in there that it goes on from is not given up.

@@ -100,19 +100,20 @@ def test_disk_space_is_asked_for_before_training(tmp_path, monkeypatch):
         checkpoint.check_disk(settings(tmp_path / "new"), many, many, rows=100)
     # 7B in 16 bit, one checkpoint kept and one being written: 14 + 2 x 84 GB.
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
-    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**9, 7 * 10**9, rows=100)
+    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**9, 84 * 10**9, rows=100)
     assert text.startswith("182.0 GB of disk (14.0 GB model, 2 checkpoints of 84.0 GB)")
-    # Adapters: the base's weights are in no checkpoint.
-    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**7, 7 * 10**7, rows=100)
-    assert text.startswith("1.8 GB of disk (0.1 GB model, 2 checkpoints of 0.8 GB)")
+    # --save_steps 0, once a ZeroDivisionError: a checkpoint at the end, and none with --save_strategy no.
+    for strategy, count in (("steps", 1), ("no", 0)):
+        changes = dict(save_steps=0, save_strategy=SimpleNamespace(value=strategy))
+        assert f" {count} checkpoints" in checkpoint.check_disk(settings(tmp_path, **changes), 0, 100, rows=100)
     # A run that goes on needs no room for the checkpoint that is there.
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4/optimizer.pt").write_bytes(bytes(1000))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
     one_save = dict(save_strategy=SimpleNamespace(value="epoch"), save_total_limit=None)
-    checkpoint.check_disk(settings(tmp_path, **one_save), 200, 100, rows=100)
+    checkpoint.check_disk(settings(tmp_path, **one_save), 200, 1200, rows=100)
     with pytest.raises(UserError, match="GB free"):
-        checkpoint.check_disk(settings(tmp_path / "elsewhere", **one_save), 200, 100, rows=100)
+        checkpoint.check_disk(settings(tmp_path / "elsewhere", **one_save), 200, 1200, rows=100)
 
 
 def test_a_finished_result_is_no_checkpoint(tmp_path):
