@@ -31,7 +31,9 @@ from alpaca.common.run_record import run_record
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN as DEFAULT_PAD_TOKEN
 from alpaca.training.arguments import DataArguments as DataArguments
 from alpaca.training.arguments import ModelArguments as ModelArguments
+from alpaca.training.arguments import named_paths
 from alpaca.training.checkpoint import (
+    UNVERIFIED,
     changed_batch,
     check_disk,
     checkpoint_to_resume,
@@ -74,10 +76,10 @@ def train(argv: list[str] | None = None) -> None:
     from alpaca.training.card import describe
     from alpaca.training.data import describe_example, load_data
     from alpaca.training.hub import HubRepository
-    from alpaca.training.memory import memory_estimate, memory_table, saved_itemsize
+    from alpaca.training.memory import checkpoint_bytes, memory_estimate, memory_table, saved_itemsize
     from alpaca.training.model import check_wrap_class, empty_model, load_config, load_model, load_tokenizer
     from alpaca.training.report import dataset_statistics
-    from alpaca.training.saving import save
+    from alpaca.training.saving import on_first_process, save
     from alpaca.training.trainer import make_trainer
     from alpaca.training.training_arguments import arguments_for_this_machine
 
@@ -108,26 +110,29 @@ def train(argv: list[str] | None = None) -> None:
 
     # ---- training ----------------------------------------------------------------------------------------------------
     settings = {**vars(model_args), **vars(data_args), **args.to_sanitized_dict()}
-    inputs = [path for path in (data_args.data_path, data_args.eval_data_path) if path]
+    data_paths = named_paths(data_args.data_path)
+    inputs = data_paths + named_paths(data_args.eval_data_path) + named_paths(data_args.sample_tasks)
     hub = HubRepository(args, say)
     with recorded(args, settings, inputs), nothing_lost(args.output_dir, say):
         parameters = empty_model(config).num_parameters()
         trained = parameters // 100 if model_args.lora_r or model_args.qlora else parameters
         final = (parameters if model_args.merge_lora else trained) * saved_itemsize(config, args)
-        say(check_disk(args, final, trained, len(train_set)))
-        # A checkpoint in there that the run goes on from is not given up.
+        say(check_disk(args, final, checkpoint_bytes(config, args, model_args, trained), len(train_set)))
+        model = load_model(model_args, args, tokenizer, say)
+        trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, counts, say)
+        # Only now that the new run can begin; and a checkpoint in there that it goes on from is not given up.
         goes_on = resume and is_inside(resume, args.output_dir)
         if args.overwrite and args.should_save and not goes_on:
             clear_result(args.output_dir)
-        model = load_model(model_args, args, tokenizer, say)
-        trainer, stop = make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_set, counts, say)
         trainer.train(resume_from_checkpoint=resume)
         if stop.stopped:
             raise Stopped
         save(trainer, tokenizer, config, model_args, args, say)
         if args.process_index == 0:
-            describe(args.output_dir, model_args.model_name_or_path, inputs, settings, trainer.report.final, tokenizer)
-    hub.push()
+            describe(
+                args.output_dir, model_args.model_name_or_path, data_paths, settings, trainer.report.final, tokenizer
+            )
+    on_first_process(args, hub.push)
 
 
 @contextlib.contextmanager
@@ -145,6 +150,7 @@ def clear_result(output_dir: str) -> None:
     """Removes what an earlier run left in `output_dir`, and nothing that no run writes."""
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)
+    shutil.rmtree(Path(output_dir) / UNVERIFIED, ignore_errors=True)
     weights = ("*.safetensors", "*.safetensors.index.json", "checksums.json", "config.json", "adapter_config.json")
     for pattern in (*weights, "Modelfile", "train_log.jsonl", "sample_answers.jsonl"):
         for file in Path(output_dir).glob(pattern):

@@ -235,6 +235,13 @@ def read_mapping(text: str, what: str) -> dict[str, Any]:
     return value
 
 
+def named_paths(value: str | None) -> list[str]:
+    """The files, folders or data sets that a flag's value names: one, or several with commas between."""
+    if value and Path(value).is_file():
+        return [value]
+    return [part.strip() for part in (value or "").split(",") if part.strip()]
+
+
 def config_pairs(path: str) -> list[tuple[str, list[str]]]:
     """The flags that a run file stands for; null leaves a flag out, mappings become JSON."""
     pairs = []

@@ -21,6 +21,7 @@ from alpaca.common.files import jdump
 from alpaca.common.run_record import sha256_file
 
 SEAL = "checksums.json"
+UNVERIFIED = "unverified_model"  # the folder of a final model that failed its check
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Seals.
@@ -157,26 +158,24 @@ def rotate(output_dir: str | os.PathLike, keep: int | None, best: str | None = N
 # Disk space.
 
 
-def check_disk(args: Any, final: int, trainable: int, rows: int) -> str:
+def check_disk(args: Any, final: int, each: int, rows: int) -> str:
     """Says how much disk the run of TrainingArguments `args` needs; raises UserError where less is free.
 
-    `final`: bytes of the result; `trainable`: parameters with optimizer state (a float32 weight and two Adam moments);
-    `rows`: of the training data.
+    `final`: bytes of the result; `each`: of a checkpoint (`memory.checkpoint_bytes`); `rows`: of the training data.
     """
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / rows_per_step(args) * args.num_train_epochs)
     steps_per_save = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    saves = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}
-    saves = saves.get(str(args.save_strategy.value), math.ceil(steps / steps_per_save))
+    saves = math.ceil(steps / steps_per_save) if steps_per_save > 0 else 1  # --save_steps 0: at the end
+    saves = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(str(args.save_strategy.value), saves)
     keep, output_dir = args.save_total_limit, args.output_dir
     # One more than is kept: the old one goes only when the new one is sealed.
     held = min(saves, keep + 1) if keep else saves
-    each = 12 * trainable
     needed = final + held * each
     folder = Path(output_dir).absolute()
     while not folder.exists():
         folder = folder.parent
     # The checkpoints of a run that goes on are among those that it is going to hold.
-    there = sum(file.stat().st_size for each in checkpoints(output_dir) for file in each.rglob("*") if file.is_file())
+    there = sum(file.stat().st_size for old in checkpoints(output_dir) for file in old.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free + there
     text = f"{needed / 1e9:.1f} GB of disk ({final / 1e9:.1f} GB model, {held} checkpoints of {each / 1e9:.1f} GB)"
     if needed > free:

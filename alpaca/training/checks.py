@@ -5,6 +5,7 @@ Not a command; train.py calls `read_command_line` before it imports torch.
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,14 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import is_inside
 from alpaca.common.tasks import TASK_FILES
-from alpaca.training.arguments import argv_pairs, is_true, modernise, parse, print_help, read_mapping
+from alpaca.training.arguments import argv_pairs, is_true, modernise, named_paths, parse, print_help, read_mapping
 from alpaca.training.checkpoint import SEAL, checkpoints
 
+# Flags whose values are paths, some of them several with commas between.
+HOME_PATHS = {
+    "model_name_or_path", "cache_dir", "data_path", "eval_data_path", "sample_tasks", "data_cache_dir", "output_dir",
+    "resume_from_checkpoint",
+}  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,10 +44,24 @@ def read_command_line(argv: Sequence[str], say=print) -> CommandLine:
     line = CommandLine(*parse(pairs, problems))
     if str(line.run["resume_from_checkpoint"]).lower() in ("false", "no", "none", "0"):
         line.run["resume_from_checkpoint"] = None
+    expand_home(line)
     refuse(problems + check(*line))
     for note in notes:
         say(f"note: {note}")
     return line
+
+
+def expand_home(line: CommandLine) -> None:
+    """Replaces "~" at the start of paths, as a shell does, but for a run file's values and for --flag=~/path.
+
+    transformers does so with the output folder, hence after what stands there was looked for.
+    """
+    for values in line:
+        for name in HOME_PATHS & set(values):
+            if values[name]:
+                values[name] = re.sub(
+                    r"(^|(?<=,))\s*~[^,]*", lambda path: os.path.expanduser(path[0].strip()), values[name]
+                )
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -67,7 +87,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
     if not data["data_path"]:
         problem("--data_path is missing: for example --data_path ./alpaca_data.json")
     for name in ("data_path", "eval_data_path", "sample_tasks"):
-        for path in filter(None, (part.strip() for part in (data[name] or "").split(","))):
+        for path in named_paths(data[name]):
             if not Path(path).exists() and (path.endswith(TASK_FILES) or path.startswith((".", "/"))):
                 folder = Path(path).parent
                 near = did_you_mean(Path(path).name, [p.name for p in folder.glob("*.*")], f"{folder}/")
@@ -120,9 +140,11 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
         problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
     if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
         problem(f"--val_size {data['val_size']}: expected a count of rows, or a share below 1")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
-        if run[name] < 1:
-            problem(f"--{name} {run[name]}: expected at least 1")
+    sizes = {name: run[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    sizes |= {"model_max_length": run["model_max_length"], "max_train_samples": data["max_train_samples"]}
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            problem(f"--{name} {value}: expected at least 1")
     if run["label_smoothing_factor"] and data["padding_free"]:
         problem("--label_smoothing_factor needs the logits of every token: add --padding_free False")
     if run["fp16"] and run["bf16"]:
@@ -166,15 +188,32 @@ OPTIMIZER_PACKAGES = {
 }  # fmt: skip
 
 
+# What --report_to takes beside "all" and "none" -> the package to import; None where it is none.
+TRACKERS = {
+    "azure_ml": "azureml.core", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
+    "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "kubeflow": None, "mlflow": "mlflow",
+    "neptune": "neptune", "swanlab": "swanlab", "tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb",
+}  # fmt: skip
+
+
 def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that `name` is a part of
+        return False
 
 
 def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
-    """The optional packages that flags ask for and that are not there."""
-    wanted = run.get("report_to") or []
-    wanted = [(f"--report_to {name}", name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
-    wanted = [(what, name) for what, name in wanted if name in ("tensorboard", "wandb", "trackio")]
+    """The optional packages that flags ask for and that are not there, and trackers that do not exist."""
+    trackers = run.get("report_to") or []
+    trackers = [trackers] if isinstance(trackers, str) else trackers
+    trackers = [] if trackers in (["all"], ["none"]) else trackers
+    unknown = [
+        f"--report_to {name}: no such tracker; known: {', '.join(TRACKERS)}.{did_you_mean(name, TRACKERS)}"
+        for name in trackers
+        if name not in TRACKERS
+    ]
+    wanted = [(f"--report_to {name}", TRACKERS[name]) for name in trackers if TRACKERS.get(name)]
     optimizer = run.get("optim") or ""
     # The longest part decides: adamw_torch_8bit is torchao's.
     found = max((part for part in OPTIMIZER_PACKAGES if part in optimizer), key=len, default=None)
@@ -182,11 +221,8 @@ def check_packages(run: dict[str, Any], installed=is_installed) -> list[str]:
         wanted.append((f"--optim {optimizer}", OPTIMIZER_PACKAGES[found]))
     if run.get("use_liger_kernel"):
         wanted.insert(0, ("--use_liger_kernel True", "liger_kernel"))
-    return [
-        f"{what} needs {name.replace('_', '-')}: pip install {name.replace('_', '-')}"
-        for what, name in wanted
-        if not installed(name)
-    ]
+    missing = [(what, re.sub("[._]", "-", name)) for what, name in wanted if not installed(name)]
+    return unknown + [f"{what} needs {package}: pip install {package}" for what, package in missing]
 
 
 def check_deepspeed(path: str) -> list[str]:

@@ -28,6 +28,7 @@ from alpaca.common.files import jdump, jload
 from alpaca.common.prompt import IGNORE_INDEX, format_prompt
 from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import TASK_FILES, check_tasks, load_tasks
+from alpaca.training.arguments import named_paths
 
 TRUNCATIONS = ("cut", "cut_eos", "drop")
 
@@ -48,7 +49,7 @@ def load_rows(data_paths: str | Sequence[str], max_samples: int | None = None) -
     where a row cannot be read.
     """
     if isinstance(data_paths, str):
-        data_paths = [data_paths] if Path(data_paths).is_file() else data_paths.split(",")
+        data_paths = named_paths(data_paths)
     rows = []
     for source in (str(path).strip() for path in data_paths):
         rows += (
@@ -75,6 +76,8 @@ def split_validation(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(train, validation): `val_size` rows, or that share of them where it is below 1, drawn by `seed`, order kept."""
     count = round(val_size * len(rows)) if 0 < val_size < 1 else int(val_size)
+    if val_size and not count:
+        raise UserError(f"--val_size {val_size} of {len(rows)} rows is no row: give a count, such as --val_size 1.")
     if not 0 <= count < len(rows):
         raise UserError(f"--val_size {val_size} leaves nothing to train on: there are {len(rows)} rows.")
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
@@ -334,6 +337,11 @@ def load_data(
         seen, rows = len(rows), [row for row in rows if (row["instruction"], row["input"]) not in known]
         if len(rows) < seen:
             say(f"{seen - len(rows)} rows of --data_path are in --eval_data_path too and are not trained on")
+        if not rows:
+            raise UserError(
+                f"every training row is in --eval_data_path {data_args.eval_data_path} too, which leaves none to train "
+                "on. Name other held-out rows, or take some of --data_path in its place: --val_size 0.05"
+            )
     elif data_args.val_size:
         rows, held_out = split_validation(rows, data_args.val_size, seed)
     encoder = text_encoder(tokenizer)

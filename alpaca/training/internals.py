@@ -77,6 +77,20 @@ def prepare_buffers_apart(trainer: transformers.Trainer) -> None:
     trainer.accelerator.prepare = prepare_apart
 
 
+def stop_at_last_step(trainer: transformers.Trainer) -> None:
+    """Trains nothing where the checkpoint that is resumed from has made all steps.
+
+    Trainer looks for the last step only after it has made one (`_run_epoch`).
+    """
+    run_epoch = trainer._run_epoch
+
+    def run_unfinished(**kwargs) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            run_epoch(**kwargs)
+
+    trainer._run_epoch = run_unfinished
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU computes in bfloat16; without the instructions float32 is four times faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -99,6 +99,18 @@ def saved_itemsize(config: Any, args: Any) -> int:
     return ((config.dtype or torch.float32) if args.save_dtype == "auto" else getattr(torch, args.save_dtype)).itemsize
 
 
+def checkpoint_bytes(config: Any, args: Any, model_args: Any, trained: int) -> int:
+    """Bytes of one checkpoint: the `trained` weights and, without --save_only_model, the optimizer's state of them."""
+    adapters = bool(model_args.lora_r or model_args.qlora)
+    weight = 4 if adapters else _weight_dtype(config, model_args).itemsize
+    state = _optimizer_bytes(args, weight)
+    if args.deepspeed:
+        weight = 2 if args.bf16 or args.fp16 else weight
+        # Float32 masters beside the moments; below stage 3 the weights are in DeepSpeed's own files too.
+        state = 4 + _optimizer_bytes(args, 4) + (0 if args.hf_deepspeed_config.is_zero3() else weight)
+    return trained * (weight if args.save_only_model else weight + state)
+
+
 def memory_table(estimate: list[tuple[str, float, float]]) -> str:
     width = max(len(part) for part, _, _ in estimate)
     lines = [f"{part:<{width}}  {device:9.3f}  {host:9.3f}" for part, device, host in estimate]

@@ -16,9 +16,10 @@ from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from alpaca.common.errors import UserError
 from alpaca.common.files import fsync_dir, jdump, jload, usual_rights
 from alpaca.common.prompt import alpaca_chat_template
-from alpaca.training.checkpoint import SEAL, seal
+from alpaca.training.checkpoint import SEAL, UNVERIFIED, seal
 from alpaca.training.internals import decoder_layers, unsharded
 from alpaca.training.model import merge_adapters
 
@@ -43,7 +44,9 @@ def save(trainer, tokenizer, config, model_args, args, say=print) -> None:
         coarse = coarse or model_args.dtype not in ("float32", "auto")
         # Adapters of a 4-bit base are opened on the whole one, which 4 bits are no fine copy of.
         rounding = 0.5 if model_args.qlora else 5e-2 if coarse else 1e-3
-        done = write_verified(plain, tensors, dtype, tokenizer, args.output_dir, probe, expected, rounding)
+        done = write_verified(
+            plain, tensors, dtype, tokenizer, args.output_dir, probe, expected, rounding, args.cache_dir
+        )
         say(
             f"saved to {args.output_dir} in {done['dtype']}: {done['files']} files, {done['bytes'] / 1e9:.2f} GB; read "
             f"back, every tensor as in memory, logits within {done['difference']:.1e} of the trained model's"
@@ -99,18 +102,19 @@ def gather_weights(model: Any, accelerator: Any, dtype: Any) -> dict[str, Any]:
 
 def write_verified(
     model: Any, weights: dict[str, Any], dtype: Any, tokenizer: Any, output_dir: str, probe: Any, expected: Any,
-    rounding: float,
+    rounding: float, cache_dir: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes a plain Hugging Face checkpoint into `output_dir`, reads it back, and only then lets it be seen there.
 
     Called on rank 0. `model`: a PreTrainedModel or PeftModel whose class and settings describe `weights` (its own
     tensors are not read); `probe`: (1, n) token ids; `expected`: (1, n, vocabulary) float32 logits of the model that
-    was trained; `rounding`: how far, relatively, the written model's may be from them. The files are made in a folder
-    beside, checked there (see `check_model`), moved one by one and sealed. Raises RuntimeError that names the first
-    thing that is wrong; `output_dir` is then as before.
+    was trained; `rounding`: how far, relatively, the written model's may be from them; `cache_dir`: where an adapter's
+    base was downloaded to. The files are made in a folder beside, checked there (see `check_model`), moved one by one
+    and sealed. Raises RuntimeError that names the first thing that is wrong; the result in `output_dir` is then as
+    before, and the new files lie in its folder "unverified_model".
     """
     output_dir = Path(output_dir)
-    beside = output_dir / ".model.partial"
+    beside, unverified = output_dir / ".model.partial", output_dir / UNVERIFIED
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
@@ -128,24 +132,36 @@ def write_verified(
             config = jload(beside / "config.json")
             config |= {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
             jdump(config, beside / "config.json", indent=2)
-        difference = check_model(beside, None if is_adapter else weights, probe, expected, rounding)
+        try:
+            difference = check_model(beside, None if is_adapter else weights, probe, expected, rounding, cache_dir)
+        except Exception as error:
+            # Without checkpoints this is all that is left of the training.
+            shutil.rmtree(unverified, ignore_errors=True)
+            os.replace(beside, unverified)
+            error.add_note(f"The model as it was written, which failed this check, is kept in {unverified}")
+            raise
         names = sorted(p.name for p in beside.iterdir() if p.name != "README.md")  # train.py writes its own card
-        for old in output_dir.glob("*.safetensors*"):
+        # A plain model beside an old adapter_config.json, and an adapter beside a config.json, cannot be loaded.
+        settings = ("config.json", "adapter_config.json", "generation_config.json", "Modelfile", SEAL)
+        for old in (*output_dir.glob("*.safetensors*"), *(output_dir / name for name in settings)):
             if old.name not in names:
-                old.unlink()
-        (output_dir / SEAL).unlink(missing_ok=True)
+                old.unlink(missing_ok=True)
         # config.json last: until then nothing there can be loaded as a model.
         for name in sorted(names, key=lambda name: name in ("config.json", "adapter_config.json")):
             os.replace(beside / name, output_dir / name)
         seal(output_dir, names, kind="adapter" if is_adapter else "model")
         fsync_dir(output_dir)
+        shutil.rmtree(unverified, ignore_errors=True)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     total = sum((output_dir / name).stat().st_size for name in names)
     return {"files": len(names), "bytes": total, "dtype": str(dtype).removeprefix("torch."), "difference": difference}
 
 
-def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expected: Any, rounding: float) -> float:
+def check_model(
+    folder: Path, weights: dict[str, Any] | None, probe: Any, expected: Any, rounding: float,
+    cache_dir: str | None = None,
+) -> float:  # fmt: skip
     """Opens a written checkpoint as a stranger would and compares it with what was meant.
 
     Every tensor of the files: the name and bits of `weights` (where given), finite; a model from the files: one forward
@@ -171,7 +187,7 @@ def check_model(folder: Path, weights: dict[str, Any] | None, probe: Any, expect
         wrong("no tensor was written")
     if (folder / "adapter_config.json").exists():
         with unsharded():
-            model, report = AutoPeftModelForCausalLM.from_pretrained(folder), {}
+            model, report = AutoPeftModelForCausalLM.from_pretrained(folder, cache_dir=cache_dir), {}
     else:
         with unsharded():
             model, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -204,8 +220,8 @@ def float32_by_layer(model: Any) -> Any:
 def on_first_process(args: Any, work: Callable[[], None], seconds: float = 10.0) -> None:
     """Runs `work` on the first process while the others wait for it, however long it takes.
 
-    A barrier gives up after --ddp_timeout (1,800 s), which writing and checking a large model may take. Here all meet
-    every few seconds. Raises on every process where `work` fails.
+    A barrier gives up after --ddp_timeout (1,800 s), which writing, checking or uploading a large model may take. Here
+    all meet every few seconds. Raises on every process where `work` fails: UserError on those that only waited.
     """
     if args.world_size == 1:
         return work()
@@ -220,4 +236,4 @@ def on_first_process(args: Any, work: Callable[[], None], seconds: float = 10.0)
         if job is not None:
             job.result()
         elif state.item() == 2:
-            raise RuntimeError("the first process failed to write; its message says why")
+            raise UserError("the first process failed; its message says why")

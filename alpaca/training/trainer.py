@@ -21,7 +21,7 @@ from alpaca.training import checkpoint
 from alpaca.training.attention import padding_free_collator, rows_stay_apart
 from alpaca.training.data import Collator, PaddedCollator
 from alpaca.training.held_out import fused_loss_error, loss_on_dataset
-from alpaca.training.internals import decoder_layers, prepare_buffers_apart
+from alpaca.training.internals import decoder_layers, prepare_buffers_apart, stop_at_last_step
 from alpaca.training.report import ReportCallback
 from alpaca.training.sample_answers import SampleAnswers
 from alpaca.training.saving import on_first_process
@@ -43,6 +43,7 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     )  # fmt: skip
     if args.fsdp:
         prepare_buffers_apart(trainer)
+    stop_at_last_step(trainer)
     trainer.report = ReportCallback(trainer, data_report, adapters=bool(model_args.lora_r or model_args.qlora))
     samples = [SampleAnswers(trainer, tokenizer, data_args.sample_tasks, say)] if data_args.sample_tasks else []
     trainer.report.samples = samples[0] if samples else None
@@ -50,6 +51,7 @@ def make_trainer(model, tokenizer, model_args, data_args, args, train_set, eval_
     for callback in (
         StopOnLossThatIsNotFinite(trainer),
         SayShards(),
+        SayNothingLeft(say),
         ProveRowsApart(trainer, say),
         ProveFusedLoss(trainer),
         HeldOutLoss(trainer),
@@ -275,6 +277,17 @@ class SayShards(TrainerCallback):
         if (args.fsdp or args.deepspeed) and args.process_index == 0:
             held, total = local_and_total(model)
             print(f"each of {args.world_size} processes holds {held:,} of {total:,} weights", flush=True)
+
+
+class SayNothingLeft(TrainerCallback):
+    """Says that the checkpoint which a run goes on from has all its steps, so that only the end is left to do."""
+
+    def __init__(self, say):
+        self.say = say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            self.say(f"all {state.max_steps} steps were made before: nothing is trained, the model is saved")
 
 
 def local_and_total(model) -> tuple[int, int]:

@@ -100,19 +100,20 @@ def test_disk_space_is_asked_for_before_training(tmp_path, monkeypatch):
         checkpoint.check_disk(settings(tmp_path / "new"), many, many, rows=100)
     # 7B in 16 bit, one checkpoint kept and one being written: 14 + 2 x 84 GB.
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
-    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**9, 7 * 10**9, rows=100)
+    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**9, 84 * 10**9, rows=100)
     assert text.startswith("182.0 GB of disk (14.0 GB model, 2 checkpoints of 84.0 GB)")
-    # Adapters: the base's weights are in no checkpoint.
-    text = checkpoint.check_disk(settings(tmp_path), 14 * 10**7, 7 * 10**7, rows=100)
-    assert text.startswith("1.8 GB of disk (0.1 GB model, 2 checkpoints of 0.8 GB)")
+    # --save_steps 0, once a ZeroDivisionError: a checkpoint at the end, and none with --save_strategy no.
+    for strategy, count in (("steps", 1), ("no", 0)):
+        changes = dict(save_steps=0, save_strategy=SimpleNamespace(value=strategy))
+        assert f" {count} checkpoints" in checkpoint.check_disk(settings(tmp_path, **changes), 0, 100, rows=100)
     # A run that goes on needs no room for the checkpoint that is there.
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4/optimizer.pt").write_bytes(bytes(1000))
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=600))
     one_save = dict(save_strategy=SimpleNamespace(value="epoch"), save_total_limit=None)
-    checkpoint.check_disk(settings(tmp_path, **one_save), 200, 100, rows=100)
+    checkpoint.check_disk(settings(tmp_path, **one_save), 200, 1200, rows=100)
     with pytest.raises(UserError, match="GB free"):
-        checkpoint.check_disk(settings(tmp_path / "elsewhere", **one_save), 200, 100, rows=100)
+        checkpoint.check_disk(settings(tmp_path / "elsewhere", **one_save), 200, 1200, rows=100)
 
 
 def test_a_finished_result_is_no_checkpoint(tmp_path):
@@ -145,22 +146,27 @@ def written(tiny_llama):
 
 
 def test_written_model_is_read_back(written, tiny_llama, tmp_path):
-    """Guards: checkpoints that could not be loaded, or lacked what a reader needs, were found out by their users."""
+    """Guards: checkpoints that could not be loaded, or lacked what a reader needs, were found out by their users; a
+    LoRA run that went on with --merge_lora True left the adapter's settings beside the plain model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, weights, probe, expected = written
+    for name in ("adapter_config.json", "adapter_model.safetensors", "Modelfile", "notes.txt"):
+        (tmp_path / name).write_text("{}")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     done = saving.write_verified(model, weights, torch.float32, tokenizer, tmp_path, probe, expected, rounding=1e-3)
     assert done["dtype"] == "float32" and done["difference"] == 0
     assert checkpoint.find_damage(tmp_path) == [] and not list(tmp_path.glob(".*"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.use_cache and again.config.dtype == torch.float32
+    assert not list(tmp_path.glob("adapter*")) and (tmp_path / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("fault", ["nan", "other weights", "missing"])
 def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
-    """Guards: a save that gathered the wrong or no weights left a model that talks gibberish, with exit status 0."""
+    """Guards: a save that gathered the wrong or no weights left a model that talks gibberish, with exit status 0; what
+    could not be read back was deleted, and with it all the training of a run without checkpoints."""
     import torch
     from transformers import AutoTokenizer
 
@@ -173,11 +179,13 @@ def test_what_is_wrong_is_never_written(written, tiny_llama, tmp_path, fault):
     else:
         del weights["model.layers.1.mlp.down_proj.weight"]
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="not what was trained"):
+    with pytest.raises(RuntimeError, match="not what was trained") as failure:
         saving.write_verified(
             model, weights, torch.float32, AutoTokenizer.from_pretrained(tiny_llama), tmp_path, probe, expected, 1e-3
         )
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "unverified_model"]
+    assert str(tmp_path / "unverified_model") in failure.value.__notes__[0]
+    assert (tmp_path / "unverified_model/model.safetensors").exists()
 
 
 def test_final_check_holds_one_layer_in_float32(tiny_llama):
@@ -222,7 +230,7 @@ def wait_longer_than_the_group_does(rank, folder, fails):
     try:
         saving.on_first_process(args, work, seconds=0.5)
         said = "done"
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         said = str(error)
     (Path(folder) / f"{rank}.txt").write_text(f"{said} {(Path(folder) / 'written').exists()}")
 
@@ -242,6 +250,6 @@ def test_others_wait_for_the_first_process_without_a_timeout(tmp_path, fails):
         rank.join(120)
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     if fails:
-        assert said == ["disk full False", "the first process failed to write; its message says why False"]
+        assert said == ["disk full False", "the first process failed; its message says why False"]
     else:
         assert said == ["done True", "done True"]

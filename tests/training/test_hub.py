@@ -1,11 +1,16 @@
 """--push_to_hub against a stand-in for the Hub: what arrives there, and what a refusal costs."""
 
 import json
+import time
 
 import pytest
 import tiny_models
+import train_runs
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
+
+import train
+from alpaca.training.hub import HubRepository
 
 
 @pytest.fixture
@@ -67,3 +72,18 @@ def test_a_failed_upload_costs_no_model(push, hub, tmp_path, run_script):
     assert "Traceback" not in done.stderr and not hub.commits
     assert json.loads((tmp_path / "tuned" / "run.json").read_text())["outcome"] == "finished"
     run_script("train.py", "verify", tmp_path / "tuned")
+
+
+def test_no_process_waits_at_a_barrier_for_the_upload(tiny_llama, tmp_path, monkeypatch):
+    """Guards: the other processes waited for the upload at a barrier, which gives up after 1,800 s."""
+    pushed = tmp_path / "pushed"
+    monkeypatch.setattr(HubRepository, "push", lambda self: (time.sleep(1), pushed.touch()) if self.wanted else None)
+    monkeypatch.setattr(
+        HubRepository, "__init__", lambda self, args, say: vars(self).update(wanted=not args.process_index)
+    )
+    monkeypatch.setattr(train, "leave_together", lambda: print("pushed before:", pushed.exists(), flush=True))
+    data = tiny_models.write_tasks(tmp_path / "data.json", 8)
+    argv = ["--model_name_or_path", tiny_llama, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    argv += ["--save_strategy", "no", "--data_cache_dir", tmp_path / "tokens"]
+    run = train_runs.launch(argv, tmp_path / "log", processes=2).ok()
+    assert run.output.count("pushed before: True") == 2

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -50,6 +51,20 @@ def test_transformers_shards_models_by_its_deepspeed_config():
         assert deepspeed.is_deepspeed_zero3_enabled()
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+def test_trainer_trains_an_epoch_in_one_method():
+    """`_run_epoch`: not called where no step is left."""
+    import transformers
+
+    assert callable(transformers.Trainer._run_epoch)
+    state, epochs = SimpleNamespace(global_step=1, max_steps=2), []
+    trainer = SimpleNamespace(_run_epoch=lambda epoch: epochs.append(epoch), state=state)
+    internals.stop_at_last_step(trainer)
+    trainer._run_epoch(epoch=0)
+    state.global_step = 2
+    trainer._run_epoch(epoch=1)
+    assert epochs == [0]
 
 
 def run_alone(code: str) -> str:

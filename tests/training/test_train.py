@@ -144,13 +144,18 @@ def test_chat_template_is_the_training_prompt(quickstart):
 
 
 def test_a_result_is_not_overwritten(quickstart, tiny_tied, run_script, tmp_path):
-    """Guards: the second start of a command replaced the first's result."""
+    """Guards: the second start of a command replaced the first's result; a run that could not begin deleted it."""
     _, out = quickstart
     again = words(tiny_tied, tmp_path, out)
     before = (out / "model.safetensors").read_bytes()
     done = run_script("train.py", *again, status=2)
     assert "--overwrite True" in done.stderr and "--resume_from_checkpoint auto" in done.stderr
     assert (out / "model.safetensors").read_bytes() == before
+    shutil.copytree(tiny_tied, tmp_path / "torn")
+    (tmp_path / "torn/model.safetensors").write_bytes(b"torn")
+    torn = ["--model_name_or_path", tmp_path / "torn", "--overwrite", "True"]
+    assert train_runs.launch([*again, *torn], tmp_path / "log").status
+    assert (out / "model.safetensors").read_bytes() == before and (out / "config.json").exists()
     run = train_runs.launch([*again, "--overwrite", "True", "--max_steps", 1], tmp_path / "log").ok()
     assert "saved to" in run.output and (out / "model.safetensors").read_bytes() != before
 
@@ -280,6 +285,19 @@ def test_damaged_shard_is_not_resumed_from(uninterrupted, tiny_llama, tmp_path):
     assert "passed over" in run.output and "resuming from" in run.output and "checkpoint-8" in run.output
     assert "was made with" not in run.output
     assert (out / "model.safetensors").read_bytes() == (uninterrupted / "out/model.safetensors").read_bytes()
+
+
+def test_resuming_after_the_last_step_trains_nothing(tiny_llama, tmp_path):
+    """Guards: a run resumed from its last checkpoint made one step more, and replaced the model with that one."""
+    out = tmp_path / "out"
+    once = [*words(tiny_llama, tmp_path, out, *SAVES), "--max_steps", 2, "--lr_scheduler_type", "constant"]
+    train_runs.launch(once, tmp_path / "log").ok()
+    whole, losses = (out / "model.safetensors").read_bytes(), train_runs.losses(out)
+    (out / "model.safetensors").unlink()  # as after a kill during the final save
+    run = train_runs.launch([*once, "--resume_from_checkpoint", "auto"], tmp_path / "log").ok()
+    assert (out / "model.safetensors").read_bytes() == whole and train_runs.losses(out) == losses
+    assert "all 2 steps were made before: nothing is trained" in run.output
+    assert [folder.name for folder in checkpoint.checkpoints(out)] == ["checkpoint-2"]
 
 
 def test_resuming_with_another_batch_is_said(uninterrupted, tiny_llama, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,10 @@ def test_run_file_is_valid(path, tmp_path):
 
 
 def test_llama_run_files_hold_the_published_recipe():
-    """Guards: a recipe that drifts: 7B 128 rows, 2e-5, 3 epochs; 13B 128 rows, 1e-5, 5 epochs; length 512, decay 0."""
+    """Guards: a recipe that drifts: 7B 128 rows, 2e-5, 3 epochs; 13B 128 rows, 1e-5, 5 epochs; length 512, decay 0.
+
+    With the 2,000 steps of 2023 between checkpoints a killed run had none.
+    """
     for name, processes, rate, epochs in (
         ("llama_7b", 4, 2e-5, 3),
         ("llama_13b", 8, 1e-5, 5),
@@ -99,6 +103,7 @@ def test_llama_run_files_hold_the_published_recipe():
         rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * processes
         assert (rows, recipe["learning_rate"], recipe["num_train_epochs"]) == (128, rate, epochs)
         assert (recipe["model_max_length"], recipe["weight_decay"]) == (512, 0.0)
+        assert recipe["save_steps"] <= 52_002 * epochs / 128 / 5
 
 
 def test_flags_after_a_run_file_override_it(tmp_path):
@@ -163,6 +168,22 @@ def test_a_result_survives_resuming_and_overwriting(tmp_path, run_script):
         "--overwrite", "True", "--resume_from_checkpoint", "False", status=2,
     )  # fmt: skip
     assert "would remove the base" in done.stderr and (out / "config.json").exists()
+
+
+def test_home_is_expanded_before_the_checks(tmp_path, monkeypatch):
+    """Guards: "~" in a run file's output_dir, which no shell expands, got round the protection of what stands there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("out/config.json", "base/config.json", "a.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "run.yaml").write_text("output_dir: ~/out\nmodel_name_or_path: ~/base\ndata_path: ~/a.json, ~/a.json\n")
+    with pytest.raises(UserError) as refused:
+        checks.read_command_line([str(tmp_path / "run.yaml")])
+    assert "1 problem" in str(refused.value) and f"{tmp_path}/out already holds something" in str(refused.value)
+    line = checks.read_command_line([str(tmp_path / "run.yaml"), "--output_dir=~/new"])
+    assert line.run["output_dir"] == f"{tmp_path}/new"
+    assert line.model["model_name_or_path"] == f"{tmp_path}/base"
+    assert line.data["data_path"] == f"{tmp_path}/a.json,{tmp_path}/a.json"
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mixtral"])
@@ -295,7 +316,17 @@ def test_deepspeed_file_that_saves_no_weights_is_refused(tmp_path):
 
 
 def test_packages_that_a_flag_needs(tmp_path):
-    """Guards: a missing optional package was found out after the model was loaded."""
+    """Guards: a missing optional package, or a misspelt tracker, was found out after the model was loaded."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(checks.TRACKERS) == set(INTEGRATION_TO_CALLBACK)
+    assert checks.check_packages({"report_to": ["none"]}) == checks.check_packages({"report_to": "all"}) == []
+    problems = checks.check_packages({"report_to": ["mlflow", "azure_ml", "tensorbord"]})
+    assert "--report_to tensorbord: no such tracker" in problems[0] and "Did you mean tensorboard?" in problems[0]
+    assert problems[1:] == [
+        "--report_to mlflow needs mlflow: pip install mlflow",
+        "--report_to azure_ml needs azureml-core: pip install azureml-core",
+    ]
     absent = [("use_liger_kernel", ["True"]), ("report_to", ["wandb", "tensorboard"])]
     problems = checks.check_packages(dict(absent), installed=lambda name: name == "tensorboard")
     assert problems == [
@@ -338,11 +369,12 @@ def test_settings_that_fail_late_are_refused_first(tmp_path, run_script):
     data = tiny_models.write_tasks(tmp_path / "alpaca_data.json", 3)
     done = run_script(
         "train.py", "--data_path", data, "--output_dir", tmp_path / "out", "--metric_for_best_model", "eval_bleu",
-        "--push_to_hub", "True", "--qlora", "True", "--fsdp", "full_shard", status=2,
+        "--push_to_hub", "True", "--qlora", "True", "--fsdp", "full_shard", "--max_train_samples", -1, status=2,
         env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     for text in (
         "only the held-out loss is measured",
+        "--max_train_samples -1: expected at least 1",
         "HF_HUB_OFFLINE is set",
         "--qlora and --fsdp do not go together",
     ):
@@ -400,6 +432,19 @@ def test_adapters_of_a_tied_model_are_merged(targets, tiny_tied, tmp_path):
     assert model.config.tie_word_embeddings == (targets in ("q_proj", "all-linear"))
     if targets == "all-linear":
         assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in run.output
+
+
+def test_adapters_of_a_base_in_another_cache(tiny_llama, tmp_path):
+    """Guards: with --cache_dir the base of the written adapters was looked for elsewhere, after all the training."""
+    base = tmp_path / "cache/models--someone--base"
+    shutil.copytree(tiny_llama, base / "snapshots/0123abcd")
+    (base / "refs").mkdir()
+    (base / "refs/main").write_text("0123abcd")
+    data = tiny_models.write_tasks(tmp_path / "train.json", 8)
+    argv = ["--model_name_or_path", "someone/base", "--cache_dir", tmp_path / "cache", "--data_path", data]
+    argv += ["--output_dir", tmp_path / "out", "--max_steps", 1, "--lora_r", 4, "--save_strategy", "no"]
+    run = train_runs.launch([*argv, "--data_cache_dir", tmp_path / "tokens"], tmp_path / "log").ok()
+    assert "read back" in run.output and (tmp_path / "out/adapter_config.json").exists()
 
 
 def test_adapters_on_tied_ends_under_fsdp_are_refused(tiny_tied, tmp_path):

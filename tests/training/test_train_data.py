@@ -9,6 +9,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.prompt import IGNORE_INDEX, format_prompt
 from alpaca.training import attention
 from alpaca.training import data as training_data
+from alpaca.training.arguments import DataArguments
 from alpaca.training.data import PaddedCollator, PaddingFreeCollator, data_report, load_rows, tokenize_dataset
 
 MODELS = ("tiny_llama", "tiny_opt", "tiny_tied")
@@ -76,6 +77,14 @@ def test_dataset_folder_and_unknown_name(tmp_path):
         load_rows(str(tmp_path / "nothing_here"))
 
 
+def test_held_out_rows_that_are_all_rows_are_refused(tiny_llama, tmp_path):
+    """Guards: the same file for training and for the held-out loss was told as rows that are too long."""
+    path = str(tiny_models.write_tasks(tmp_path / "a.json", 3))
+    settings = DataArguments(data_path=path, eval_data_path=path, data_cache_dir=str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match=r"every training row is in --eval_data_path .*--val_size"):
+        training_data.load_data(settings, 512, 0, tokenizer_of(tiny_llama), print)
+
+
 def test_split_is_repeatable_and_disjoint():
     """Held-out rows must not depend on the process: each rank splits for itself."""
     rows = tiny_models.make_tasks(50)
@@ -86,6 +95,9 @@ def test_split_is_repeatable_and_disjoint():
     assert sorted(row["instruction"] for row in train + held_out) == sorted(row["instruction"] for row in rows)
     with pytest.raises(UserError, match="val_size"):
         training_data.split_validation(rows, 50, seed=0)
+    # Once a run without the held-out loss that was asked for, or a traceback of Trainer's.
+    with pytest.raises(UserError, match=r"--val_size 0.01 of 50 rows is no row"):
+        training_data.split_validation(rows, 0.01, seed=0)
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------

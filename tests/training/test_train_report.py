@@ -13,13 +13,14 @@ import tiny_models
 import train_runs
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from alpaca.common.files import jload, read_jsonl, write_jsonl
 from alpaca.common.ports import free_port
 from alpaca.common.prompt import PROMPT_DICT, format_prompt
 from alpaca.training import card
 from alpaca.training.data import load_rows, tokenize_dataset
-from alpaca.training.memory import memory_estimate, memory_table
+from alpaca.training.memory import checkpoint_bytes, memory_estimate, memory_table
 from alpaca.training.report import Flops, ReportCallback, peak_tflops
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -98,13 +99,17 @@ def test_steps_after_the_last_log_line_count(finished, tiny_llama, tmp_path):
 def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
     """With load_best_model_at_end the folder holds the best model, and the report gave the last step's figures.
 
-    The base's own repetition penalty is none of the answers'.
+    The base's own repetition penalty is none of the answers'. Of two training files neither was in run.json, and the
+    card named both, with this machine's folders, as one data set.
     """
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     settings = {**jload(base / "generation_config.json"), "repetition_penalty": 9.0}
     (base / "generation_config.json").write_text(json.dumps(settings))
     data = tiny_models.write_tasks(tmp_path / "data.json", 40)
+    halves = [tmp_path / "first.json", tmp_path / "second.json"]
+    for place, half in enumerate(halves):
+        half.write_text(json.dumps(jload(data)[20 * place : 20 * place + 20]))
     held_out = tiny_models.write_tasks(tmp_path / "held_out.json", 8, seed=5)
     # The rate is far too high, so that the first step is the best.
     more = [
@@ -112,14 +117,18 @@ def test_report_names_the_step_that_is_saved(tiny_llama, tmp_path):
         "--save_steps", 1, "--load_best_model_at_end", "True", "--learning_rate", "0.3", "--lr_scheduler_type",
         "constant", "--data_cache_dir", tmp_path / "tokens", "--sample_tasks", data,
     ]  # fmt: skip
-    run = train_runs.launch([*command(base, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    paths = ", ".join(map(str, halves))
+    run = train_runs.launch([*command(base, paths, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
     report = json.loads((tmp_path / "out" / "train_report.json").read_text())
     lines = [line for line in read_jsonl(tmp_path / "out" / "train_log.jsonl") if "eval_loss" in line]
     best = min(lines, key=lambda line: line["eval_loss"])
     assert best["step"] < report["steps"] == 5 and len(lines) == 5
     assert report["saved_step"] == best["step"] and report["eval_loss_of_saved_step"] == best["eval_loss"]
     assert f"step {best['step']}, the best one: held-out loss {best['eval_loss']:.4f}" in run.output
-    (result,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    card = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert card.datasets == ["first.json", "second.json"]
+    assert set(jload(tmp_path / "out" / "run.json")["inputs"]) == {str(path) for path in (*halves, held_out, data)}
+    (result,) = card.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", round(best["eval_loss"], 4))
     from alpaca.answers.answering import answer_batch
     from alpaca.answers.held_out_loss import held_out_loss
@@ -406,6 +415,35 @@ def test_estimate_names_what_saves_and_micro_batches_take(tiny_llama):
     assert "gradients between micro-batches, whole" not in estimate(tiny_llama, plain)
     check = estimate(tiny_llama, run_settings(save_dtype="bfloat16"))["final check, first process only"][1]
     assert whole < check < 2 * whole  # two 16-bit copies; of the layers one at a time in float32
+
+
+def test_checkpoint_bytes_of_a_weight(tiny_llama, tmp_path):
+    """Guards: 12 bytes a weight for every run: too few for ZeRO-3 (16, as measured in float32), too many for the rest,
+    which were refused on disks that would have held them."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(tiny_llama)
+
+    def bytes_each(model_args=None, **changes):
+        args = run_settings(**{"save_only_model": False, **changes})
+        return checkpoint_bytes(config, args, model_args or model_settings(), 1)
+
+    zero3, zero2 = (
+        {"deepspeed": "file", "hf_deepspeed_config": SimpleNamespace(is_zero3=lambda stage=stage: stage == 3)}
+        for stage in (3, 2)
+    )
+    half = model_settings(dtype="bfloat16")
+    assert (bytes_each(), bytes_each(half), bytes_each(model_settings(lora_r=4, dtype="bfloat16"))) == (12, 6, 12)
+    assert (bytes_each(**zero3), bytes_each(**zero3, bf16=True), bytes_each(**zero2, bf16=True)) == (16, 14, 16)
+    assert (bytes_each(save_only_model=True), bytes_each(half, save_only_model=True)) == (4, 2)
+    assert (bytes_each(optim="adamw_bnb_8bit"), bytes_each(half, optim="adafactor")) == (6, 2)
+    data = tiny_models.write_tasks(tmp_path / "data.json", 8)
+    more = ["--dtype", "bfloat16", "--save_strategy", "epoch", "--optim", "adafactor"]
+    train_runs.launch([*command(tiny_llama, data, tmp_path / "out", 4, 2)[1:], *more], tmp_path / "log").ok()
+    files = [*tmp_path.glob("out/checkpoint-1/model*"), *tmp_path.glob("out/checkpoint-1/optim*")]
+    assert len(files) == 2
+    trained = sum(weight.numel() for weight in load_file(files[0]).values())
+    assert sum(file.stat().st_size for file in files) == pytest.approx(2 * trained, rel=0.2)
 
 
 def test_estimate_of_7b_loads_nothing():
