@@ -63,7 +63,7 @@ MISTAKES = {
     ),
     "a key in an address": (
         "evaluation.py answer --data_path {place}/good.json --output_path {place}/a.json --model m "
-        "--base_url http://127.0.0.1:9/v1?api-key=zebra7", ["--base_url", "export OPENAI_API_KEY"],
+        "--base_url http://127.0.0.1:9/v1?subscription-key=zebra7", ["--base_url", "export OPENAI_API_KEY"],
     ),
     "a table that is not there": (
         "evaluation.py report --annotations {place}/verdicts.json --instruction_difficulty {place}/no.csv", ["no.csv"]

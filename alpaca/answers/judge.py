@@ -78,7 +78,7 @@ def read_verdict(reply: str) -> str | None:
     # A capital A, since "the verdict is a close one" names none.
     announced = rf"(?i:\bVERDICT\W+(?:IS\W+)?(?:{label}|A\s+(?=TIE))?)(A|B|(?i:TIE))\b"
     said = {found.upper() for found in re.findall(announced, text)}
-    said |= lone_words(r"(?:ANSWER:\W*)?", lines[:1] + lines[-1:])
+    said |= lone_words(rf"(?:(?:ANSWER:|VERDICT\W+(?:IS\W+)?(?:{label})?)\W*)?", lines[:1] + lines[-1:])
     # "Answer B" is a verdict too, unless "Answer A" heads other lines: then the judge discusses one after the other.
     said = said or (lone_words(label, lines[:1] + lines[-1:]) and lone_words(label, lines))
     return said.pop() if len(said) == 1 else None

@@ -77,7 +77,8 @@ async def ask_for_missing(
                 return
             usage.update(reply.usage)
             answer = {"text": reply.text.strip(), "finish_reason": reply.finish_reason}
-            if not answer["text"] and reply.finish_reason == "length":  # thoughts alone, and no bad answer
+            # Thoughts alone are no bad answer.
+            if not answer["text"] and reply.finish_reason == "length" and reply.usage.get("reasoning"):
                 way_out = "Begin again with --overwrite True and more of them, or with --reasoning_effort low"
                 failed.append((row, f"it thought until --max_new_tokens {most} were used up. {way_out}"))
                 return

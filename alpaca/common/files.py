@@ -74,9 +74,7 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     """
     path = Path(path).resolve()
     refuse_existing(path, overwrite)
-    if path.is_mount() or Path.cwd().is_relative_to(path):
-        what = "a mounted disk" if path.is_mount() else "the folder that you are in, or holds it"
-        raise UserError(f"{path} is {what}, and cannot be put in place whole. Name a new folder, such as {path}/out.")
+    refuse_unmovable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -98,6 +96,13 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def refuse_unmovable(path: Path) -> None:
+    """Raises UserError where the folder `path`, links resolved, cannot be replaced by renaming another one to it."""
+    if path.is_mount() or Path.cwd().is_relative_to(path):
+        what = "a mounted disk" if path.is_mount() else "the folder that you are in, or holds it"
+        raise UserError(f"{path} is {what}, and cannot be put in place whole. Name a new folder, such as {path}/out.")
 
 
 def is_inside(path: str | os.PathLike, folder: str | os.PathLike) -> bool:

@@ -86,7 +86,7 @@ def _same_program(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def is_secret(name: str) -> bool:
     """Whether a flag, setting or parameter of this name holds a key or a password."""
-    return bool(re.search(r"(?i)api[-_]?key|token$|secret|password|signature|^sig$|^key$", name))
+    return bool(re.search(r"(?i)(?:^|api|[-_])key$|token$|secret|password|signature|^sig$", name))
 
 
 def _without_secrets(argv: Sequence[str]) -> list[str]:

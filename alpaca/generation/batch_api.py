@@ -105,7 +105,9 @@ class BatchRun(Run):
 
     async def _make_plan(self) -> dict[str, Any] | None:
         """Asks a first request directly, and plans the rest as a batch. None where the budget does not reach."""
-        settings, first = self.prompter.settings, await self._ask_first()
+        settings, plans = self.prompter.settings, self._records("batch_planned")
+        refused = bool(plans) and "room" in self._records("batch_over")[-1]  # its first request has shown what it shows
+        first = plans[-1]["first"] - settings.shard.count if refused else await self._ask_first()
         if first is None:
             return None
         made = len(self.harvest.tasks) - self.harvest.imported
@@ -114,8 +116,7 @@ class BatchRun(Run):
         if settings.sample_from_generated:
             wanted = min(wanted, settings.sample_lag - 1)
         most, size, count, step = 0.0, 0, 0, settings.shard.count
-        room = min((record["room"] for record in self._records("batch_over") if "room" in record), default=MAX_REQUESTS)
-        while count < min(wanted, room):
+        while count < min(wanted, self._room()):
             prompt, _ = self._prompt(first + (1 + count) * step)
             most += self.budget.most(prompt, self.client.max_tokens, batch=True)
             size += len(prompt.encode()) + 1000
@@ -124,13 +125,19 @@ class BatchRun(Run):
             count += 1
         if count == 0 and wanted > 0:
             return None
-        plans = self._records("batch_planned")
         plan = {"kind": "batch_planned", "number": len(plans), "first": first + step, "last": first + count * step}
         plan |= {"run_id": plans[0]["run_id"] if plans else uuid.uuid4().hex, "api": self.client.api}
         plan["left_out"] = sorted(self.client.dropped)
         if count:
             self._journal([plan])
         return plan
+
+    def _room(self) -> int:
+        """Requests of the next batch at most: what was halved is doubled after each batch that got through."""
+        room = MAX_REQUESTS
+        for record in self._records("batch_over"):
+            room = record.get("room", min(2 * room, MAX_REQUESTS))
+        return room
 
     async def _ask_first(self) -> int | None:
         """The number of the first request with a reply, which shows what the model accepts; None beyond the budget.
@@ -244,6 +251,7 @@ class BatchRun(Run):
             if number > 1 and any(error.code == "token_limit_exceeded" for error in errors):
                 self._journal([over | {"room": number // 2}])
                 print(f"note: OpenAI has no room for {number:,} requests: {reason}\nThe next batch has half as many.")
+                await asyncio.sleep(self.limits.batch_poll_seconds)
                 return
             self._journal([over])
             raise UserError(f"OpenAI refused batch {batch.id}: {reason}")

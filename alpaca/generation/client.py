@@ -54,7 +54,8 @@ class Reply:
     text: str
     finish_reason: str | None
     usage: dict[str, int]
-    model: str
+    model: str  # as the server calls it
+    asked: str  # as it was asked for
     request_id: str | None
     seconds: float | None
     first_token: dict[str, float] | None = None
@@ -274,6 +275,9 @@ class ModelClient:
         usage, usual = _read_usage(data.get("usage"))
         guesses = {"prompt": lambda: json.dumps(prompt, ensure_ascii=False), "completion": lambda: text}
         usage = {name: usage.get(name) or estimate_tokens(guess()) for name, guess in guesses.items()} | usage
+        thoughts = message.get("reasoning_content") or message.get("reasoning") if isinstance(message, dict) else None
+        if isinstance(thoughts, str) and thoughts and not usage.get("reasoning"):  # vLLM counts none
+            usage["reasoning"] = min(estimate_tokens(thoughts), usage["completion"])
         finish_reason = choice.get("finish_reason")
         usual = usual and isinstance(content, str | None) and isinstance(finish_reason, str | None)
         return Reply(
@@ -281,6 +285,7 @@ class ModelClient:
             finish_reason=finish_reason if isinstance(finish_reason, str | None) else str(finish_reason),
             usage=usage,
             model=str(data.get("model") or self.model),
+            asked=self.model,
             request_id=request_id or data.get("id"),
             seconds=seconds,
             first_token=_first_token(choice.get("logprobs")),

@@ -21,13 +21,24 @@ LONGEST_WAIT = 60.0  # seconds between two tries where the server does not say h
 
 
 def run_async(job: Coroutine[Any, Any, Result]) -> Result:
-    """asyncio.run, also where an event loop runs already, as in a notebook."""
+    """asyncio.run, also where an event loop runs already, as in a notebook; then in a thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(job)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, job).result()
+    thread = ThreadPoolExecutor(1)
+    running = thread.submit(asyncio.run, job)
+    try:
+        return running.result()
+    except KeyboardInterrupt:  # it reaches the main thread alone
+        for loop, stop in _in_threads:
+            loop.call_soon_threadsafe(stop)
+        return running.result()
+    finally:
+        thread.shutdown(wait=False)
+
+
+_in_threads: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = []  # what `on_interrupt` calls there
 
 
 class RequestFailed(Exception):
@@ -91,12 +102,17 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, signal.default_int_handler)
         stop()
 
-    with contextlib.suppress(ValueError, RuntimeError):  # signals reach the main thread alone
+    here = (loop, stop)
+    try:
         for number in signals:
             loop.add_signal_handler(number, first)
+    except (ValueError, RuntimeError):  # not the main thread
+        _in_threads.append(here)
     try:
         yield
     finally:
+        if here in _in_threads:
+            _in_threads.remove(here)
         with contextlib.suppress(ValueError, RuntimeError):
             for number in signals:
                 loop.remove_signal_handler(number)

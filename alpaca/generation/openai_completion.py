@@ -12,11 +12,7 @@ from alpaca.generation.many_requests import RequestFailed, RequestSlots, run_asy
 class NotAllAnswered(UserError):
     """`completions`: the choices of each prompt, None where it was not answered. What was answered is paid for."""
 
-    def __init__(self, reason: str, completions: list):
-        answered = sum(choices is not None for choices in completions)
-        more = f" {answered} of {len(completions)} prompts were answered; this error's `completions` has these."
-        super().__init__(reason + (more if answered else ""))
-        self.completions = completions
+    completions: list[list["Completion"] | None]
 
 
 class Completion(dict):
@@ -60,7 +56,11 @@ def complete_all(
             await slots.run(itertools.starmap(ask_one, enumerate(prompts)))
         except (RequestFailed, UserError) as error:
             said = f"{client.url} did not answer: {error}" if isinstance(error, RequestFailed) else str(error)
-            raise NotAllAnswered(said, completions) from error
+            answered = sum(choices is not None for choices in completions)
+            said += f" {answered} of {len(prompts)} prompts were answered; this error's `completions` has these."
+            not_all = NotAllAnswered(said)  # one argument: an error travels between processes
+            not_all.completions = completions
+            raise not_all from error
         finally:
             await client.close()
 

@@ -80,6 +80,7 @@ class PaidReplies:
             "finish_reason": reply.finish_reason,
             "usage": reply.usage,
             "model": reply.model,
+            "asked": reply.asked,
             "seconds": reply.seconds,
             "prompt_version": self.version,
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -23,7 +23,7 @@ class ParsedTask:
 
 _THOUGHTS = r"think|thinking|thoughts?|reasoning"
 _THOUGHTS_TAG = re.compile(
-    rf"(?i)[<\[](?P<end>/?)(?P<name>{_THOUGHTS})[>\]]|(?P<final><\|channel\|>final<\|message\|>)"
+    rf"(?i)<(?P<end>/?)(?P<name>{_THOUGHTS})>|\[(?P<end_too>/?)think\]|(?P<final><\|channel\|>final<\|message\|>)"
 )
 # Marks of the chat format with which some servers let a reply end, and go on.
 _END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|return)\|>|<end_of_turn>|</s>\s*\Z")
@@ -32,23 +32,35 @@ _END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|e
 def visible_text(text: str) -> str | None:
     """A reply without a reasoning model's thoughts and without end-of-turn marks; None where the thoughts never end.
 
-    The thoughts are all up to the last end tag, since chat templates often write the first tag themselves. A tag that
-    begins within the reply and ends there is text: an answer may speak of such tags.
+    The thoughts are all up to the last end tag, since chat templates often write the first tag themselves. Tags that an
+    answer speaks of are text.
     """
-    end, within = 0, []
+    opening, cut, last = None, 0, 0
     for tag in _THOUGHTS_TAG.finditer(text):
-        name = (tag["name"] or "").lower()
-        if tag["final"] or (tag["end"] and name not in within):
-            end, within = tag.end(), []
-        elif tag["end"]:
-            within.remove(name)
-        elif text[: tag.start()].strip():
-            within.append(name)
+        if not (tag["end"] or tag["end_too"] or tag["final"]):
+            opening = tag
+            continue
+        last = tag.end()
+        if not (opening and opening["name"] == tag["name"] and _is_text(text, cut, opening, tag)):
+            cut = last
+        opening = None
     begun = _THOUGHTS_TAG.match(text.lstrip())
-    if not end and begun and not begun["end"]:
-        return None
-    text = text[end:]
-    return _END_OF_TURN.split(text, maxsplit=1)[0]
+    if begun and not (begun["end"] or begun["end_too"] or begun["final"]):
+        if not last:
+            return None
+        cut = cut or last
+    return _END_OF_TURN.split(text[cut:], maxsplit=1)[0]
+
+
+def _is_text(text: str, cut: int, opening: re.Match, end: re.Match) -> bool:
+    """Whether a pair of tags is no pair of thoughts: these ended before, at `cut`, or a task's header stands before
+    the pair, or the pair is a part of a line."""
+    before = text[: opening.start()]
+    if not before.strip():
+        return False
+    line = before.rsplit("\n", 1)[-1] + text[end.end() :].split("\n", 1)[0]
+    inline = "\n" not in text[opening.start() : end.end()] and line.strip()
+    return bool(cut or inline or _HEADER.search(before))
 
 
 _CLOSING_REMARK = re.compile(

@@ -87,8 +87,8 @@ class Budget:
 
     def cost(self, record: Mapping[str, Any]) -> float:
         """US dollars of a journal's reply."""
-        model, price = record.get("model"), self.price
-        if self.model and model and family(model) != family(self.model):
+        model, price = record.get("asked", self.model), self.price  # a proxy's reply names a model of its own
+        if model != self.model:
             price = find_price(model) or price
         return price.cost(record["usage"], record.get("batch", False)) if price else 0.0
 

@@ -76,6 +76,7 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
         "finish_reason": reply.finish_reason,
         "usage": reply.usage,
         "model": reply.model,
+        "asked": reply.asked,
         "time": now(),
         "request_id": reply.request_id,
         "seconds": reply.seconds,

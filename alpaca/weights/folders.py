@@ -16,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 
 from alpaca.common.errors import UserError, did_you_mean
-from alpaca.common.files import fsync_dir, jdump, named_in_errors, refuse_existing, refuse_lfs_pointer
+from alpaca.common.files import fsync_dir, jdump, named_in_errors, refuse_existing, refuse_lfs_pointer, refuse_unmovable
 from alpaca.common.run_record import run_record
 from alpaca.weights.manifest import FORMAT_VERSION, MANIFEST, read_config
 from alpaca.weights.tensors import INDEX, SINGLE, file_size, parse_header
@@ -73,6 +73,7 @@ def output_folder(path: str | os.PathLike, *inputs: Path) -> Path:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{target} cannot be made: {parent} may not be written to. Choose another path.")
     refuse_existing(target, way_out="Choose another path, or move it away.")
+    refuse_unmovable(target)
     return target
 
 

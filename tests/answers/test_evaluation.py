@@ -66,7 +66,7 @@ def two_files(tmp_path):
         ("**Answer A**\nshort\n**Answer B**\nbetter", None), ("Answer A:\nIt is wrong.", None), ("A\nB", None),
         ("Answer B\n\nIt is clearer than answer A.", "B"), ("Verdict: a tie.\n\nBoth are right.", "TIE"),
         ("Verdict: a close one.\nI cannot tell.", None), ("<think>\nA?\n\nVerdict: A\n</think>\nB", "B"),
-        ("<think>\nIs it A or B?\nA", None),
+        ("<think>\nIs it A or B?\nA", None), ("Answer A is vague.\nVerdict: b", "B"), ("So it is.\n\nverdict: a", "A"),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_and_never_guessed(reply, verdict):
@@ -318,14 +318,19 @@ def test_thoughts_without_an_answer_are_no_answer(tmp_path):
     import evaluation
 
     data, output = tiny_models.write_tasks(tmp_path / "tasks.json", 3), tmp_path / "answers.json"
-    empty = {"text": "", "finish_reason": "length"}
-    with FakeOpenAI(reply=lambda body: "So." if body["reasoning_effort"] == "low" else empty) as server:
+    usage = {"prompt_tokens": 9, "completion_tokens": 512, "completion_tokens_details": {"reasoning_tokens": 512}}
+    thoughts = {"text": "", "finish_reason": "length", "usage": usage}
+    with FakeOpenAI(reply=lambda body: "So." if body["reasoning_effort"] == "low" else thoughts) as server:
         ask = {"data_path": str(data), "output_path": str(output), "model": "m", "base_url": server.base_url}
         with pytest.raises(UserError, match=r"3 of 3 tasks got no answer .*--max_new_tokens 512 .*--reasoning_effort"):
             evaluation.answer(**ask, reasoning_effort="high")
         assert not output.exists()
         evaluation.answer(**ask, reasoning_effort="low", overwrite=True)
-    assert [row["output"] for row in json.loads(output.read_text())] == ["So."] * 3
+        assert [row["output"] for row in json.loads(output.read_text())] == ["So."] * 3
+        # A model that writes line feeds to the end has answered, with nothing: it would do so each time.
+        server.reply = lambda body: {"text": "\n\n", "finish_reason": "length"}
+        evaluation.answer(**ask, overwrite=True)
+    assert [row["output"] for row in json.loads(output.read_text())] == [""] * 3
 
 
 def test_a_lone_surrogate_in_a_reply_is_no_end(run_script, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import errno
 import os
+import pickle
 import time
 
 import pytest
@@ -334,6 +335,8 @@ def test_one_refused_prompt_costs_no_other_its_reply(server):
     server.faults = lambda number, body: "policy" if body["messages"][-1]["content"] == "p3" else None
     with pytest.raises(NotAllAnswered, match=r"5 of 6 prompts were answered") as refused:
         openai_completion([f"p{i}" for i in range(6)], OpenAIDecodingArguments(), "m")
+    travelled = pickle.loads(pickle.dumps(refused.value))  # from a process of a pool, which hung
+    assert str(travelled) == str(refused.value) and travelled.completions == refused.value.completions
     texts = [choices and choices[0].text for choices in refused.value.completions]
     assert texts == ["re: p0", "re: p1", "re: p2", None, "re: p4", "re: p5"]
 

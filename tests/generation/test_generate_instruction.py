@@ -554,6 +554,11 @@ def test_a_batch_that_finds_no_room_is_halved(tmp_path, server, capsys):
     assert "no room for" in capsys.readouterr().out
     sizes = [batch["request_counts"]["total"] for batch in server.batches.values()]
     assert sizes[0] > 3 and sum(size > 3 for size in sizes) <= 3
+    direct = [record for record in replies(tmp_path / "run") if "text" in record and not record.get("batch")]
+    assert len(direct) == sum(size <= 3 for size in sizes)  # a halved batch asks no further one at the full price
+    server._run_batch = run_batch  # the queue is empty again: batches grow
+    generate(tmp_path / "run", server, 140, batch_api=True, batch_poll_seconds=0.01)
+    assert max(batch["request_counts"]["total"] for batch in list(server.batches.values())[len(sizes) :]) > 3
 
 
 def test_a_refused_batch_leaves_the_files_of_what_was_answered(tmp_path, server, capsys):
@@ -580,6 +585,23 @@ def test_a_notebook_has_an_event_loop_of_its_own(tmp_path, server):
 
     asyncio.run(cell())
     assert len(jload(tmp_path / "run" / "alpaca_data.json")) == 8
+
+
+def test_an_interrupted_notebook_lets_the_requests_under_way_finish(tmp_path, server):
+    """In a notebook's thread the first Ctrl-C was heard when everything had been asked and paid for."""
+    server.latency = 0.3
+    cell = f"""
+import asyncio, os, signal, threading, generate_instruction
+async def cell():
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    generate_instruction.generate_instruction_following_data(
+        {str(tmp_path / "run")!r}, base_url={server.base_url!r}, model_name="m", num_instructions_to_generate=400,
+        num_tasks_per_request=7, max_concurrency=2)
+asyncio.run(cell())
+"""
+    done = subprocess.run([sys.executable, "-c", cell], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "interrupted: waiting for" in done.stdout and "KeyboardInterrupt" in done.stderr
+    assert 0 < len(replies(tmp_path / "run")) == len(server.log) < 30
 
 
 def test_a_batch_whose_replies_hold_line_separators(tmp_path, server):

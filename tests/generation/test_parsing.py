@@ -388,6 +388,23 @@ def test_tags_in_an_answer_are_text():
     assert visible_text(f"So: {answer}") == f"So: {answer}"
 
 
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        "Okay.\n<think>hmm</think>", "A <think> tag?\n</think>",
+        "<think>\nOne\n<think>\ntwo\n</think>\nthree\n</think>", "<think>He writes <think>b</think> here.</think>",
+        "[think]so[/think]", "4. Instruction: a draft\n4. Output: x\n</think>",
+    ],
+)  # fmt: skip
+def test_thoughts_that_speak_of_thoughts(thoughts):
+    """A tag within the thoughts took their end for its own, and all of them stayed, or nothing did."""
+    answer = "Write it so:\n<think>\nhmm\n</think>\nThat is all."
+    assert visible_text(f"{thoughts}\nDone.").strip() == "Done."
+    assert visible_text(f"{thoughts}\n{answer}").strip() == answer
+    assert visible_text("<think>He wants a <think> tag explained.</think>\nDone.").strip() == "Done."
+    assert visible_text("[Reasoning]\nGood.\n\nRating: 4") == "[Reasoning]\nGood.\n\nRating: 4"
+
+
 @pytest.mark.parametrize("header", ["Instruction:", "### Instruction:", "**Instruction**:"])
 def test_numbered_fields_in_an_answer_are_text(header):
     """ "2. Output: a number." in one answer made the reply a numbered one: its tasks became one row, with the others in

@@ -133,12 +133,14 @@ def test_replies_cost_what_their_own_model_does():
     """A cheaper model in the same folder made the dear one's replies cheap, and the budget was spent many times."""
     usage = {"prompt": 1_000_000, "completion": 0}
     budget = Budget(find_price("gpt-6-luna"), model="gpt-6-luna")
-    for model in ("gpt-6-luna-2026-10-01", "gpt-4o", "gpt-4o-2024-08-06", "a model of my own", None):
-        budget.count({"usage": usage, "model": model})
+    for asked in ("gpt-6-luna", "gpt-4o", "gpt-4o-2024-08-06", "a model of my own"):
+        budget.count({"usage": usage, "model": "x", "asked": asked})
+    budget.count({"usage": usage, "model": "gpt-4o"})  # of a journal before 2026-12
     own, other = find_price("gpt-6-luna").input, find_price("gpt-4o").input
     assert budget.spent == pytest.approx(3 * own + 2 * other) and other > own
-    flagged = Budget(Price(1.0, 1.0), model="gpt-4o")
-    flagged.count({"usage": usage, "model": "gpt-4o-2024-08-06"})
+    # A proxy's own name, with the price from the flags, while its replies name the model behind it.
+    flagged = Budget(Price(1.0, 1.0), model="my-deployment")
+    flagged.count({"usage": usage, "model": "gpt-4o-2024-08-06", "asked": "my-deployment"})
     assert flagged.spent == pytest.approx(1.0)
 
 
