@@ -597,7 +597,7 @@ async def cell():
     generate_instruction.generate_instruction_following_data(
         {str(tmp_path / "run")!r}, base_url={server.base_url!r}, model_name="m", num_instructions_to_generate=400,
         num_tasks_per_request=7, max_concurrency=2)
-asyncio.run(cell())
+asyncio.new_event_loop().run_until_complete(cell())  # as Jupyter runs it: asyncio.run handles signals itself
 """
     done = subprocess.run([sys.executable, "-c", cell], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "interrupted: waiting for" in done.stdout and "KeyboardInterrupt" in done.stderr
