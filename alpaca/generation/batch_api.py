@@ -133,10 +133,12 @@ class BatchRun(Run):
         return plan
 
     def _room(self) -> int:
-        """Requests of the next batch at most: what was halved is doubled after each batch that got through."""
+        """Requests of the next batch at most: halved where there was no room, doubled behind a batch that got through,
+        and anew behind one that was refused, which ended the run."""
         room = MAX_REQUESTS
         for record in self._records("batch_over"):
-            room = record.get("room", min(2 * room, MAX_REQUESTS))
+            got_through = min(2 * room, MAX_REQUESTS) if record["status"] != "failed" else MAX_REQUESTS
+            room = record.get("room", got_through)
         return room
 
     async def _ask_first(self) -> int | None:
