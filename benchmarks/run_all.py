@@ -126,7 +126,7 @@ QUICKSTART = (
 )
 
 
-def measure(listed: Sequence[Benchmark], checkout: Path, minutes: float = 15):
+def measure(listed: Sequence[Benchmark], checkout: Path, minutes: float = 30):
     for bench in listed:
         print(f"{time.strftime('%H:%M:%S')} {bench.name}: {' '.join(map(str, bench.arguments))[:100]}", flush=True)
         bench.run(checkout, minutes)
