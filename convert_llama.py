@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alpaca.common.cli import run_cli
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 from alpaca.common.files import jdump, jload, refuse_lfs_pointer
 from alpaca.weights.folders import need_space, new_folder, output_folder, write_index
 from alpaca.weights.tensors import Tensor, make_header, new_shard, parse_header, read, read_torch_file
@@ -184,7 +184,7 @@ def write_small_files(work: Path, plan: dict, params: dict, headers: dict[str, s
     try:
         tokenizer = LlamaTokenizer.from_pretrained(work, add_bos_token=True)
     except Exception as error:  # noqa: BLE001 - transformers tries several readers, each with errors of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{vocabulary} cannot be read as LLaMA's tokenizer ({reason}). Fetch it again.") from error
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(work)

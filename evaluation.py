@@ -190,7 +190,7 @@ def judge(
     model = model or served_model(base_url, DEFAULT_MODEL, "--model")
     if model == DEFAULT_MODEL:
         reasoning_effort = reasoning_effort or DEFAULT_MODEL_EFFORT
-    budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd)
+    budget = Budget(price_for(model, price_input, price_output, max_cost_usd), max_cost_usd, model=model)
     settings = {
         "judge": model, "base_url": base_url, "api": api, "prompt_version": PROMPT_VERSION,
         "soft": soft, "temperature": temperature, "max_tokens": 1 if soft else max_tokens,

@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 from alpaca.common.cli import run_cli
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 from alpaca.common.files import atomic_write, refuse_existing
 
 GITHUB = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
@@ -157,7 +157,7 @@ def rebuild_from_hub(partial: Path) -> None:
         rows = datasets.load_dataset(HUB, split="train")
     except Exception as error:  # noqa: BLE001 - network, rights, names: the hub client has many kinds
         raise UserError(
-            f"{HUB} could not be loaded from the Hub: {str(error).splitlines()[0]}. Other ways: --source github, or "
+            f"{HUB} could not be loaded from the Hub: {first_line(error)}. Other ways: --source github, or "
             "--from_file with a copy from another machine."
         ) from error
     rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]

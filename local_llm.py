@@ -26,6 +26,7 @@ from typing import Any
 
 from alpaca.answers.model_paths import find_gguf
 from alpaca.common.cli import at_least_one, run_cli
+from alpaca.common.cores import CORES
 from alpaca.common.errors import UserError
 from alpaca.common.files import atomic_dir, atomic_write, is_inside
 from alpaca.common.ports import free_port
@@ -69,7 +70,7 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # More threads than cores are many times slower: they wait in turns.
-    server = start_llama_server(path, host, port, parallel, context, threads or len(os.sched_getaffinity(0)))
+    server = start_llama_server(path, host, port, parallel, context, threads or CORES)
     base_url = f"{server.listening_address}/v1"
     ask_once(base_url, path.stem)
     print(f"ready: {base_url} serves {path.stem}, {parallel} requests at once", flush=True)

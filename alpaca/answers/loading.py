@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alpaca.answers.model_paths import check_model, find_gguf, is_gguf
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 
 
 def load_model(path: str, device: str | None = None, dtype: str | None = None, adapter: str | None = None):
@@ -83,7 +83,7 @@ def find_device(device: str | None) -> str:
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"--device {device} cannot be used here ({reason}). Leave it out, or use cpu.") from error
     return device
 

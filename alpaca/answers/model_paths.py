@@ -55,9 +55,8 @@ def check_model(path: str, adapter: str | None = None) -> tuple[str, str | None]
         )
         raise UserError(f"no model at {path}.{near} Give a checkpoint's folder, or the word embedded.")
     for folder in filter(None, (path, adapter)):
-        for file in Path(folder).glob("*") if Path(folder).is_dir() else ():
-            if file.is_file():
-                refuse_lfs_pointer(file)
+        if Path(folder).is_dir():
+            refuse_lfs_pointer(folder)
     return path, adapter
 
 

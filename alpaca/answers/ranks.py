@@ -24,13 +24,10 @@ class Ranks:
 
     def share(self, value: Any) -> Any:
         """The first process's `value`, on every process."""
-        return self._exchange(value)[0]
+        return self.gather(value)[0]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
-        return self._exchange(value)
-
-    def _exchange(self, value: Any) -> list[Any]:
         values = [value] * self.count
         if self.count > 1:
             try:

@@ -55,6 +55,11 @@ def cli_errors() -> Iterator[None]:
         sys.exit(130)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in a line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
 def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
     """A hint that follows a sentence, such as " Did you mean PREFIXnearest?"; "" where no candidate is close."""
     near = difflib.get_close_matches(name, list(candidates), n=1)

@@ -74,9 +74,12 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     """
     path = Path(path).resolve()
     refuse_existing(path, overwrite)
+    if path.is_file():
+        raise UserError(f"{path} is a file, and a folder is to be made there. Choose another path.")
     refuse_unmovable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    replaced = None
     try:
         with named_in_errors(path):
             yield beside
@@ -85,7 +88,6 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
         usual_rights(beside)
-        replaced = None
         if path.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".replaced", dir=path.parent))
             os.replace(path, replaced)
@@ -95,6 +97,10 @@ def atomic_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
             shutil.rmtree(replaced)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        if replaced and not path.exists():
+            os.replace(replaced, path)
+        elif replaced:  # empty where the old folder could not be moved, else the old one, whose place is taken
+            shutil.rmtree(replaced, ignore_errors=True)
         raise
 
 

@@ -41,7 +41,8 @@ class BatchRun(Run):
         try:
             while True:
                 plan = self._open_plan()
-                if plan is None and self._is_over():
+                if plan is None and (end := self._why_over()):
+                    self.end = end
                     break
                 plan = plan or await self._make_plan()
                 if plan is None:
@@ -81,15 +82,14 @@ class BatchRun(Run):
         over = {record["number"] for record in self._records("batch_over")}
         return next((plan for plan in self._records("batch_planned") if plan["number"] not in over), None)
 
-    def _is_over(self) -> bool:
-        kept, few = self.harvest.kept_after, self.limits.max_requests_without_new
+    def _why_over(self) -> str | None:
         if self.harvest.full:
-            self.end = "target reached"
-        else:
-            answered = sorted(i for i in self._answered if self._earlier_requests <= i < len(kept))[-few:]
-            if len(answered) == few and kept[-1] == (kept[answered[0] - 1] if answered[0] else self.harvest.imported):
-                self.end = "nothing new"
-        return self.end is not None
+            return "target reached"
+        kept, few = self.harvest.kept_after, self.limits.max_requests_without_new
+        answered = sorted(i for i in self._answered if self._earlier_requests <= i < len(kept))[-few:]
+        if len(answered) == few and kept[-1] == (kept[answered[0] - 1] if answered[0] else self.harvest.imported):
+            return "nothing new"
+        return None
 
     def _prompt(self, index: int) -> tuple[str, list[str]]:
         """The prompt of a request and the names of its examples, as GenerationRun would make them."""

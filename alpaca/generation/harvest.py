@@ -9,6 +9,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from alpaca.common.errors import UserError
 from alpaca.common.files import json_list
 from alpaca.generation.filters import instruction_problem, normalize_input, output_problem
@@ -17,8 +19,9 @@ from alpaca.generation.rouge import RougeLIndex
 from alpaca.generation.settings import GenerationSettings
 
 MAX_SIMILARITY = 0.7  # ROUGE-L F1; an instruction that is more similar to any kept one is a duplicate
+DUPLICATE = "too similar to an earlier instruction"
 MOST_SIMILAR = 10  # how many neighbours regen.json names
-AT_ONCE = 10_000  # replies that are compared together where no similarity figures are wanted
+AT_ONCE = 10_000  # replies of a journal that are compared together, which is much faster than one by one
 # Finish reasons of a reply that ended by itself, as servers spell them, and of servers that say nothing. Any other
 # ("length", "content_filter", "error", "max_tokens", ...) means that the last task may be unfinished.
 ENDED = {
@@ -37,7 +40,7 @@ class Candidate:
     output: str
     reason: str | None = None
     unreadable: bool = False  # a fragment that is no task
-    nearest: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # texts and F1, most similar first
+    nearest: Sequence[tuple[str, float]] = ()  # texts and F1, most similar first
     average: float | None = None  # F1 over the pool, where similarity figures are wanted
 
     @property
@@ -57,9 +60,6 @@ class Candidate:
         if self.average is not None:
             row |= {"most_similar_instructions": dict(self.nearest), "avg_similarity_score": self.average}
         return row
-
-
-DUPLICATE = "too similar to an earlier instruction"
 
 
 def read_candidates(
@@ -157,20 +157,12 @@ class Harvest:
     def _compare(self, candidates: Iterable[Candidate]) -> None:
         """Marks those that resemble an instruction of the pool or one before them, and adds the others to the pool."""
         candidates = [candidate for candidate in candidates if not candidate.reason]
-        if not self.settings.similarity_figures:
-            similar = self.index.add_new([candidate.instruction for candidate in candidates], MAX_SIMILARITY)
-            for candidate, nearest in zip(candidates, similar, strict=True):
-                if nearest:
-                    candidate.nearest, candidate.reason = [nearest], DUPLICATE
-            return
-        for candidate in candidates:
-            scores = self.index.scores(candidate.instruction)
-            candidate.nearest = self.index.top(candidate.instruction, MOST_SIMILAR, scores)
-            if candidate.nearest and candidate.nearest[0][1] > MAX_SIMILARITY:
+        neighbours = MOST_SIMILAR if self.settings.similarity_figures else 0
+        found = self.index.add_new([candidate.instruction for candidate in candidates], MAX_SIMILARITY, neighbours)
+        for candidate, compared in zip(candidates, found, strict=True):
+            candidate.nearest, candidate.average = compared.nearest, compared.average
+            if not compared.new:
                 candidate.reason = DUPLICATE
-            else:
-                candidate.average = float(scores.mean()) if len(scores) else 0.0
-                self.index.add(candidate.instruction)
 
     def take(self, candidates: list[Candidate]) -> None:
         """Puts the tasks that compare_next read behind those that wait to be decided."""
@@ -224,23 +216,31 @@ class Harvest:
         """Reads all replies that are there. Requests without a reply and tasks without their answer change nothing."""
         for _ in self.decide(without_answers=True):
             pass
-        requests = sorted(self._replies)
-        # Without similarity figures many replies are compared at once, which is much faster than one by one.
-        step = 1 if self.settings.similarity_figures else AT_ONCE
-        for start in range(0, len(requests), step):
-            if self.full:
-                break
-            read = {index: self._read_reply(index) for index in requests[start : start + step]}
-            self._compare(candidate for candidates in read.values() for candidate in candidates)
-            for index, candidates in read.items():
-                skipped = self.settings.shard.position(index) - len(self.kept_after)
-                self.kept_after.extend([len(self.tasks)] * skipped)
-                self.take(candidates)
-                for _ in self.decide(without_answers=True):
-                    pass
-                if self.full:
-                    break
+        requests = iter(sorted(self._replies))
+        with tqdm(total=self.target, initial=len(self.tasks), unit="task", delay=60, desc="read") as bar:
+            while not self.full and (read := self._read_replies(requests)):
+                self._compare(candidate for candidates in read.values() for candidate in candidates)
+                for index, candidates in read.items():
+                    skipped = self.settings.shard.position(index) - len(self.kept_after)
+                    self.kept_after.extend([len(self.tasks)] * skipped)
+                    self.take(candidates)
+                    for _ in self.decide(without_answers=True):
+                        pass
+                    if self.full:
+                        break
+                bar.update(len(self.tasks) - bar.n)
         return self
+
+    def _read_replies(self, requests: Iterator[int]) -> dict[int, list[Candidate]]:
+        """The tasks of the next replies, by request: AT_ONCE replies, or so many as are likely to fill the target."""
+        read: dict[int, list[Candidate]] = {}
+        wanted = 1.25 * (self.target - len(self.tasks))  # a fifth may be duplicates
+        for request in itertools.islice(requests, AT_ONCE):
+            read[request] = self._read_reply(request)
+            wanted -= sum(not candidate.reason for candidate in read[request])
+            if wanted <= 0:
+                break
+        return read
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import resource
 import tempfile
 import threading
@@ -21,9 +20,8 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
+from alpaca.common.cores import CORES
 from alpaca.common.files import named_in_errors
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 _PART = 1 << 22  # signatures that a thread sorts at a time, which takes about 400 MB
 _MOST_PARTS = 250  # of three open files each; from then on parts grow

@@ -6,6 +6,7 @@
 The figures are those of rouge_score without stemming, bit for bit, and so are its tokens: runs of [a-z0-9].
 """
 
+import bisect
 import itertools
 import math
 import re
@@ -19,9 +20,9 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
+from alpaca.common.cores import CORES
 from alpaca.generation.pair_search import (
     CODE_POINTS,
-    CORES,
     ROW,
     PairSearch,
     Sequences,
@@ -106,10 +107,20 @@ def number_tokens(texts: Iterable[str], unicode_dedup: bool = False) -> TokenNum
 # ----------------------------------------------------------------------------------------------------------------------
 # One candidate against a pool.
 
-_BLOCK = 1 << 16  # instructions scored together
+_BLOCK = 1 << 17  # instructions scored together
 _FRESH = 1024  # newcomers that rapidfuzz scores until they are sorted into a block
 _ALONE = 1 << 17  # instructions up to which one core is faster than several
 _MANY = 1000  # texts from which on one search is faster than scoring each
+_TOGETHER = 64  # texts whose figures one thread computes before it takes the next ones
+
+
+class Compared(NamedTuple):
+    """A text beside the pool that it met: whether it was new and so added; the most similar instructions with their F1,
+    best first; the mean F1 with all: 0.0 for an empty pool, None for a text that was not added or without figures."""
+
+    new: bool
+    nearest: Sequence[tuple[str, float]]
+    average: float | None
 
 
 class RougeLIndex:
@@ -153,29 +164,51 @@ class RougeLIndex:
         if len(self) > self._in_blocks:
             self._fill_block()
 
-    def add_new(self, texts: Sequence[str], threshold: float) -> list[tuple[str, float] | None]:
+    def add_new(self, texts: Sequence[str], threshold: float, neighbours: int = 0) -> list[Compared]:
         """Adds each of `texts`, in order, unless its F1 with an instruction of the pool is above `threshold`.
 
-        Returns the most similar instruction and its F1 for those that are not added, None for the others. Many texts
-        are compared in one search instead of one by one.
+        neighbours: how many the result names of a text that is added, beside its average; 0 gives neither. A text that
+        is not added has the most similar instruction alone. Many texts are compared in one search, not one by one.
         """
-        result: list[tuple[str, float] | None] = []
         if len(texts) < _MANY:
-            for text in texts:
-                best = self.top(text, 1)
-                result.append(best[0] if best and best[0][1] > threshold else None)
-                if not result[-1]:
-                    self.add(text)
-            return result
-        pool, result = len(self), [None] * len(texts)
-        texts = [*self.texts, *texts]
-        sequences = token_sequences(texts, self._unicode)
+            return [self._add_if_new(text, threshold, neighbours) for text in texts]
+        pool, all_texts = len(self), [*self.texts, *texts]
+        sequences = token_sequences(all_texts, self._unicode)
         similar = first_repeats(sequences, threshold, fixed=pool).rows
-        kept = np.setdiff1d(np.arange(len(texts)), similar)
+        kept = np.setdiff1d(np.arange(len(all_texts)), similar)
         found = nearest(sequences, similar, kept, threshold, earlier=True)
+        result = [Compared(True, (), None)] * len(texts)
         for row, other, score in zip(*(column.tolist() for column in found), strict=True):
-            result[row - pool] = texts[other], score
-        self.extend(texts[row] for row in kept[pool:])
+            result[row - pool] = Compared(False, [(all_texts[other], score)], None)
+        kept = kept[pool:].tolist()
+        self.extend(all_texts[row] for row in kept)
+        if neighbours:
+            places = range(pool, len(self))
+            parts = [places[start : start + _TOGETHER] for start in range(0, len(places), _TOGETHER)]
+            figures = itertools.chain.from_iterable(
+                self._threads.map(self._beside_earlier, parts, itertools.repeat(neighbours))
+            )
+            for row, compared in zip(kept, figures, strict=True):
+                result[row - pool] = compared
+        return result
+
+    def _add_if_new(self, text: str, threshold: float, neighbours: int) -> Compared:
+        scores = self.scores(text)
+        best = self.top(text, max(neighbours, 1), scores)
+        if best and best[0][1] > threshold:
+            return Compared(False, best[:1], None)
+        self.add(text)
+        return Compared(True, best, _mean(scores)) if neighbours else Compared(True, (), None)
+
+    def _beside_earlier(self, places: Sequence[int], neighbours: int) -> list[Compared]:
+        """Figures of instructions of the pool, all of them in blocks, beside those before each."""
+        result, memory, scratch = [], np.empty(len(self)), self._scratch.pop()
+        try:
+            for place in places:
+                scores = self._scores_before(place, memory, scratch)
+                result.append(Compared(True, self.top(self.texts[place], neighbours, scores), _mean(scores)))
+        finally:
+            self._scratch.append(scratch)
         return result
 
     def scores(self, text: str) -> np.ndarray:
@@ -186,22 +219,31 @@ class RougeLIndex:
         if len(numbers) > SHORT:
             self._score_with_rapidfuzz(numbers, range(len(self)), result)
         elif numbers:
-            masks: dict[int, int] = {}
-            for i, number in enumerate(numbers):
-                masks[number] = masks.get(number, 0) | 1 << i
-            masks.pop(0, None)
-            table = self._f1_table(len(numbers))
+            candidate = self._candidate(numbers)
+            workers = CORES if len(self) > _ALONE else 1
 
-            def score(worker: int, workers: int) -> None:
+            def score(worker: int) -> None:
                 for block in self._blocks[worker::workers]:
-                    scores = result[block.first : block.first + len(block)]
-                    block.score(masks, len(numbers), table, scores, self._scratch[worker])
+                    block.score(candidate, result[block.first : block.first + len(block)], self._scratch[worker])
 
-            if len(self) <= _ALONE:
-                score(0, 1)
-            else:
-                list(self._threads.map(score, range(CORES), [CORES] * CORES))
+            run = self._threads.map if workers > 1 else map
+            list(run(score, range(workers)))
             self._score_with_rapidfuzz(numbers, [*self._long, *range(self._in_blocks, len(self))], result)
+        return result
+
+    def _scores_before(self, place: int, memory: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+        """F1 of an instruction of the pool with each before it, in `memory`. All of them must be in blocks."""
+        numbers = _numbers(self._rows[place])
+        result = memory[:place]
+        if 0 < len(numbers) <= SHORT:
+            candidate = self._candidate(numbers)
+            for block in self._blocks[: -(-place // _BLOCK)]:
+                block.score(candidate, memory[block.first : block.first + len(block)], scratch)
+            self._score_with_rapidfuzz(numbers, self._long[: bisect.bisect_left(self._long, place)], result)
+        else:
+            result.fill(0)
+            if numbers:
+                self._score_with_rapidfuzz(numbers, range(place), result)
         return result
 
     def top(self, text: str, k: int, scores: np.ndarray | None = None) -> list[tuple[str, float]]:
@@ -241,6 +283,13 @@ class RougeLIndex:
         self._blocks.append(_Block(first, self._rows[first:]))
         self._in_blocks = len(self)
 
+    def _candidate(self, numbers: Sequence[int]) -> "_Candidate":
+        masks: dict[int, int] = {}
+        for i, number in enumerate(numbers):
+            masks[number] = masks.get(number, 0) | 1 << i
+        masks.pop(0, None)
+        return _Candidate(masks, len(numbers), self._f1_table(len(numbers)))
+
     def _f1_table(self, m: int) -> np.ndarray:
         """F1 of a candidate of `m` tokens, at (SHORT + 1) * instruction's length + longest common subsequence."""
         if m not in self._tables:
@@ -255,6 +304,22 @@ class RougeLIndex:
         pool = [self._rows[row] for row in rows]
         lcs = process.cdist([numbers], pool, scorer=LCSseq.similarity, dtype=np.int32)[0]
         result[rows] = f1_scores(lcs, np.float64(len(numbers)), np.fromiter(map(len, pool), np.float64, len(pool)))
+
+
+def _numbers(row: str | list[int]) -> list[int]:
+    return list(map(ord, row)) if isinstance(row, str) else row
+
+
+def _mean(scores: np.ndarray) -> float:
+    return float(scores.mean()) if len(scores) else 0.0
+
+
+class _Candidate(NamedTuple):
+    """A text of `m` tokens, at most SHORT: token -> the bits of its places, and its `_f1_table`."""
+
+    masks: Mapping[int, int]
+    m: int
+    table: np.ndarray
 
 
 class _Block:
@@ -275,7 +340,7 @@ class _Block:
         if all(isinstance(row, str) for row in rows):
             flat = np.frombuffer("".join(rows).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
         else:
-            flat = np.array([token if isinstance(token, int) else ord(token) for row in rows for token in row])
+            flat = np.array([number for row in rows for number in _numbers(row)])
         order = np.argsort(-lengths, kind="stable")
         starts = (np.cumsum(lengths) - lengths)[order]
         self._rank = np.argsort(order)  # where each instruction stands in a column
@@ -290,13 +355,9 @@ class _Block:
     def __len__(self) -> int:
         return len(self._rank)
 
-    def score(
-        self, masks: Mapping[int, int], m: int, table: np.ndarray, scores: np.ndarray, scratch: np.ndarray
-    ) -> None:
-        """Writes the F1 of a candidate of `m` tokens with each instruction into `scores`.
-
-        masks: token -> the bits of its places in the candidate; table: of `_f1_table`; scratch: memory to work in.
-        """
+    def score(self, candidate: _Candidate, scores: np.ndarray, scratch: np.ndarray) -> None:
+        """Writes the F1 of a candidate with each instruction into `scores`. scratch: memory to work in."""
+        masks, m, table = candidate
         word = next(kind for kind in (np.uint8, np.uint16, np.uint32, np.uint64) if m <= 8 * kind(0).itemsize)
         every_bit = word((1 << m) - 1)
         places, words = scratch[: len(self)].view(np.int64), scratch[len(self) :].view(word)

@@ -64,7 +64,8 @@ def begin_or_go_on(
                 "Use the old ones, choose another --output_dir, or add --change_settings True to mix them."
             )
     if target < runs[-1]["target"]:  # a lower target takes nothing away that is kept already
-        begin["target"] = max(target, len(harvest_journal(journal.records).tasks))
+        kept = harvest_journal(journal.records, similarity_figures=False).tasks  # the same tasks, much sooner
+        begin["target"] = max(target, len(kept))
     if changed or begin["target"] != runs[-1]["target"]:
         journal.append_now([begin | ({"seeds": list(seeds)} if "seed_tasks_path" in changed else {})])
 

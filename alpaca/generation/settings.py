@@ -56,9 +56,7 @@ class GenerationSettings:
             )
         if self.answer_temperature is not None and not self.answer_separately:
             raise UserError("--answer_temperature is that of separate answers: add --answer_separately True.")
-        for name in ("max_tokens", "sample_lag"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, found {getattr(self, name)}.")
+        at_least_one(max_tokens=self.max_tokens, sample_lag=self.sample_lag)
         if seeds < self.num_prompt_instructions:
             raise UserError(f"--seed_tasks_path has {seeds} tasks, fewer than --num_prompt_instructions.")
 

@@ -20,6 +20,7 @@ import yaml
 
 from alpaca.common.errors import UserError, did_you_mean
 
+TRUNCATIONS = ("cut", "cut_eos", "drop")
 DEFAULT_PAD_TOKEN = "[PAD]"  # added where the base's tokenizer has no padding token
 
 
@@ -75,7 +76,9 @@ class DataArguments:
         True, "Rows of a batch stand end to end, with no padding between; same loss. False: padded batches of 2023."
     )
     data_cache_dir: str | None = flag(None, "Where tokenised data are kept. Default: ~/.cache/alpaca_tokens.")
-    preprocessing_workers: int | None = flag(None, "Processes that tokenise. Default: all cores.")
+    preprocessing_workers: int | None = flag(
+        None, "Processes that tokenise. Default: one, whose tokenizer uses all cores."
+    )
 
 
 @dataclasses.dataclass
@@ -192,7 +195,10 @@ def modernise(pairs: list[tuple[str, list[str]]], processes: int, notes: list[st
             fsdp_config["transformer_layer_cls_to_wrap"] = [part.strip() for part in value.split(",")]
         elif name == "fsdp_min_num_params":
             notes.append(f"--fsdp_min_num_params {value} is now a key of --fsdp_config")
-            fsdp_config |= {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": int(value)}
+            if value.isdecimal():
+                fsdp_config |= {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": int(value)}
+            else:
+                problems.append(f"--fsdp_min_num_params {value}: expected a whole number")
         else:
             modern.append((name, values))
 

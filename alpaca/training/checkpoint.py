@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from alpaca.common.cores import CORES
 from alpaca.common.errors import UserError
 from alpaca.common.files import jdump
 from alpaca.common.run_record import sha256_file
@@ -35,7 +36,7 @@ def seal(folder: str | os.PathLike, names: list[str] | None = None, **facts: Any
     folder = Path(folder)
     if names is None:
         names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+    with ThreadPoolExecutor(max_workers=min(8, CORES)) as pool:  # hashing releases the GIL
         sums = list(pool.map(lambda name: sha256_file(folder / name), names))
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
@@ -51,7 +52,7 @@ def find_damage(folder: str | os.PathLike) -> list[str]:
     folder = Path(folder)
     try:
         files = json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [f"{folder} has no {SEAL}: it was never finished"]
     except (ValueError, KeyError, TypeError):
         return [f"{folder / SEAL} cannot be read"]
@@ -66,7 +67,7 @@ def find_damage(folder: str | os.PathLike) -> list[str]:
             return f"{path} was changed after it was written (its sha256 differs)"
         return None
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, CORES)) as pool:
         return [line for line in pool.map(compare, files.items()) if line]
 
 
@@ -82,7 +83,7 @@ def checkpoint_to_resume(asked: str | None, output_dir: str, say=print) -> str |
     `asked`: None, "auto" (or True: the newest complete checkpoint in `output_dir`, None where there is none yet), or a
     path. Raises UserError where the path is damaged, or where every finished checkpoint in `output_dir` is.
     """
-    if asked is None or asked.lower() in ("false", "no", "none"):
+    if asked is None:
         return None
     if asked.lower() not in ("auto", "true", "yes"):
         if damage := find_damage(asked):
@@ -154,6 +155,35 @@ def rotate(output_dir: str | os.PathLike, keep: int | None, best: str | None = N
             shutil.rmtree(folder)
 
 
+def verify(path: str) -> int:
+    """Checks a sealed folder, or an output_dir with its checkpoints; prints a line for each and returns 0 or 1."""
+    if not Path(path).is_dir():
+        raise UserError(f"no folder {path}")
+    folders = checkpoints(path)
+    if (Path(path) / SEAL).exists() or not folders:
+        folders.insert(0, Path(path))
+    status = 0
+    for folder in folders:
+        damage = find_damage(folder)
+        print(f"{folder}: {'every file is as it was written' if not damage else 'NOT INTACT'}")
+        for line in damage:
+            print(f"  {line}")
+        status = 1 if damage else status
+    return status
+
+
+@contextlib.contextmanager
+def nothing_lost(output_dir: str, say=print):
+    """Names the newest complete checkpoint when the block fails, so that the way on is on the screen."""
+    try:
+        yield
+    except BaseException:
+        newest = next((folder for folder in checkpoints(output_dir) if (folder / SEAL).exists()), None)
+        if newest:
+            say(f"{newest} is complete. The same command with --resume_from_checkpoint auto goes on from there.")
+        raise
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Disk space.
 
@@ -184,32 +214,3 @@ def check_disk(args: Any, final: int, each: int, rows: int) -> str:
             "Lower --save_total_limit, raise --save_steps, or choose another --output_dir."
         )
     return f"{text}; {free / 1e9:.1f} GB free"
-
-
-def verify(path: str) -> int:
-    """Checks a sealed folder, or an output_dir with its checkpoints; prints a line for each and returns 0 or 1."""
-    if not Path(path).is_dir():
-        raise UserError(f"no folder {path}")
-    folders = checkpoints(path)
-    if (Path(path) / SEAL).exists() or not folders:
-        folders.insert(0, Path(path))
-    status = 0
-    for folder in folders:
-        damage = find_damage(folder)
-        print(f"{folder}: {'every file is as it was written' if not damage else 'NOT INTACT'}")
-        for line in damage:
-            print(f"  {line}")
-        status = 1 if damage else status
-    return status
-
-
-@contextlib.contextmanager
-def nothing_lost(output_dir: str, say=print):
-    """Names the newest complete checkpoint when the block fails, so that the way on is on the screen."""
-    try:
-        yield
-    except BaseException:
-        newest = next((folder for folder in checkpoints(output_dir) if (folder / SEAL).exists()), None)
-        if newest:
-            say(f"{newest} is complete. The same command with --resume_from_checkpoint auto goes on from there.")
-        raise

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import UserError, did_you_mean
 from alpaca.common.files import is_inside
 from alpaca.common.tasks import TASK_FILES
-from alpaca.training.arguments import argv_pairs, is_true, modernise, named_paths, parse, print_help, read_mapping
+from alpaca.training.arguments import (
+    TRUNCATIONS,
+    argv_pairs,
+    is_true,
+    modernise,
+    named_paths,
+    parse,
+    print_help,
+    read_mapping,
+)
 from alpaca.training.checkpoint import SEAL, checkpoints
 
 # Flags whose values are paths, some of them several with commas between.
@@ -75,8 +84,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
     """Every problem that the values alone and the files show, each with its way out."""
     problems = []
 
-    def problem(text: str) -> None:
-        problems.append(text)
+    problem = problems.append
 
     output_dir = run["output_dir"]
     if not output_dir:
@@ -107,6 +115,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
             problem(f"--{name} {value}: expected one of {', '.join(DTYPES)}")
     if model["merge_lora"] and not (model["lora_r"] or model["qlora"]):
         problem("--merge_lora True needs adapters: add --lora_r 8")
+    fsdp = bool(run["fsdp"]) and is_true([str(run["fsdp"])])  # a text: a run file's True that a typed False overrides
     if model["qlora"]:
         if not is_installed("bitsandbytes"):
             problem("--qlora needs bitsandbytes (and an NVIDIA GPU): pip install bitsandbytes")
@@ -115,14 +124,14 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
                 "--merge_lora True cannot merge into 4-bit weights: leave it out; `python inference.py serve "
                 "--model_name_or_path OUT --merged_dir DIR` then writes and serves the plain model"
             )
-        if run["fsdp"]:
+        if fsdp:
             problem(
                 "--qlora and --fsdp do not go together: only the first process would hold 4-bit weights. Train 4-bit "
                 "adapters in one process, or 16-bit ones with --lora_r 16 --dtype bfloat16 --fsdp True"
             )
         if run["deepspeed"]:
             problem("--qlora and --deepspeed do not go together: ZeRO-3 cannot shard 4-bit weights")
-    if run["fsdp"] and run["deepspeed"]:
+    if fsdp and run["deepspeed"]:
         problem("--fsdp and --deepspeed both shard the model: leave one out")
     if run["deepspeed"] and isinstance(run["deepspeed"], str):
         problems += check_deepspeed(run["deepspeed"])
@@ -140,7 +149,10 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
         problem("--eval_data_path and --val_size both name the held-out rows: leave one out")
     if data["val_size"] < 0 or (data["val_size"] > 1 and data["val_size"] != int(data["val_size"])):
         problem(f"--val_size {data['val_size']}: expected a count of rows, or a share below 1")
-    sizes = {name: run[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    if data["truncation"] not in TRUNCATIONS:
+        problem(f"--truncation {data['truncation']}: expected one of {', '.join(TRUNCATIONS)}")
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    sizes = {name: run[name] for name in counts}
     sizes |= {"model_max_length": run["model_max_length"], "max_train_samples": data["max_train_samples"]}
     for name, value in sizes.items():
         if value is not None and value < 1:

@@ -30,8 +30,6 @@ from alpaca.common.run_record import sha256_file
 from alpaca.common.tasks import TASK_FILES, check_tasks, load_tasks
 from alpaca.training.arguments import named_paths
 
-TRUNCATIONS = ("cut", "cut_eos", "drop")
-
 # Part of the cache's key: raised whenever the rule below or the columns on disk change.
 CACHE_VERSION = 2
 # Rows given to the tokenizer at once: enough for all cores, few enough that the encodings stay in some 50 MB.

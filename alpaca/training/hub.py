@@ -12,7 +12,7 @@ import httpx
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 
 # Left out of the repository: checkpoints and half-written files, and run.json, which names this machine's folders.
 NOT_PUSHED = ("checkpoint-*", "_*", ".*", "*.partial", "run.json")
@@ -38,10 +38,11 @@ class HubRepository:
             if self.revision:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+            reason = first_line(error).rstrip(".")
             raise UserError(
-                f"--push_to_hub: no repository {name} at {self.api.endpoint}: {first_line(error)}. Log in with "
-                "`hf auth login`, name a repository that you may write to (--hub_model_id you/name), or leave the flag "
-                "out and push afterwards"
+                f"--push_to_hub: no repository {name} at {self.api.endpoint}: {reason}. Log in with `hf auth login`, "
+                "name a repository that you may write to (--hub_model_id you/name), or leave the flag out and push "
+                "afterwards"
             ) from error
         say(f"--push_to_hub: the result goes to {self.api.endpoint}/{self.repo_id}; checkpoints stay here")
 
@@ -58,15 +59,10 @@ class HubRepository:
                 revision=self.revision,
             )
         except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+            reason = first_line(error.__cause__ or error).rstrip(".")  # an upload's thread has its own cause
             excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
             raise UserError(
-                f"the model is whole in {self.folder}, but could not be pushed to {self.repo_id}: {first_line(error)}. "
+                f"the model is whole in {self.folder}, but could not be pushed to {self.repo_id}: {reason}. "
                 f"Push it with: hf upload {self.repo_id} {self.folder} . {excluded}"
             ) from error
         self.say(f"pushed: {commit.commit_url}")
-
-
-def first_line(error: BaseException) -> str:
-    """What went wrong, in a line; where an upload's thread failed, its own cause."""
-    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

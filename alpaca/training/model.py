@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_utils import set_zero3_state
 from transformers.pytorch_utils import Conv1D
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 from alpaca.common.files import refuse_lfs_pointer
 from alpaca.training.arguments import DEFAULT_PAD_TOKEN
 from alpaca.training.internals import layer_classes, supports_flash_attention, unsharded
@@ -64,10 +64,6 @@ def load_config(name: str, cache_dir: str | None = None) -> Any:
             "Name a checkpoint of its text model alone."
         )
     return config
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def empty_model(config: Any) -> Any:

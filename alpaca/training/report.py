@@ -1,4 +1,4 @@
-"""What a training run shows of itself: figures in every log line, a final report, a loss curve, a model card.
+"""What a training run shows of itself: figures in every log line, a final report, a loss curve.
 
 Not a command; train.py uses it. The figures of a run that has ended:
 

@@ -16,6 +16,7 @@ from alpaca.common.files import write_jsonl
 from alpaca.common.journal import read_records
 from alpaca.common.prompt import format_prompt
 from alpaca.common.tasks import load_tasks
+from alpaca.training.arguments import named_paths
 from alpaca.training.data import encode_prompts
 
 MAX_NEW_TOKENS = 64
@@ -30,7 +31,7 @@ class SampleAnswers(TrainerCallback):
 
     def __init__(self, trainer, tokenizer, path: str, say=print):
         self.trainer, self.tokenizer, self.say = trainer, tokenizer, say
-        self.tasks = load_tasks(path, require_output=False)
+        self.tasks = [task for name in named_paths(path) for task in load_tasks(name, require_output=False)]
         self.prompts = encode_prompts(tokenizer, [format_prompt(task) for task in self.tasks])
         self.seconds, self.last = 0.0, []
         self.by_step: dict[int, list[dict[str, Any]]] = {}

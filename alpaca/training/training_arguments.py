@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
+from alpaca.common.cores import CORES
 from alpaca.common.ports import free_port
 from alpaca.training import internals
 from alpaca.training.arguments import DataArguments, ModelArguments, RunArguments, is_true, read_mapping
@@ -156,7 +157,7 @@ def sensible_threads(processes_here: int) -> int:
     Reads the affinity mask and the cgroup's CPU quota; torch looks at the machine's cores alone, and 64 threads on a
     quota of 2 are many times slower than 2.
     """
-    cores = float(len(os.sched_getaffinity(0)))
+    cores = float(CORES)
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.is_file():
         limit, period = quota.read_text().split()

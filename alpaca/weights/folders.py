@@ -15,7 +15,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from alpaca.common.errors import UserError, did_you_mean
+from alpaca.common.errors import UserError, did_you_mean, first_line
 from alpaca.common.files import fsync_dir, jdump, named_in_errors, refuse_existing, refuse_lfs_pointer, refuse_unmovable
 from alpaca.common.run_record import run_record
 from alpaca.weights.manifest import FORMAT_VERSION, MANIFEST, read_config
@@ -47,7 +47,7 @@ def find_model(path: str | os.PathLike) -> Path:
             if any(found.glob("model*.safetensors")):
                 break
     except Exception as error:  # noqa: BLE001 - network, rights, names: the hub client has many kinds
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{path} is neither a folder nor a model that the Hub hands out: {reason}") from error
     return found
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from alpaca.common.cores import CORES
 from alpaca.common.errors import UserError
 from alpaca.common.files import jdump, jload
 from alpaca.common.run_record import sha256_file
@@ -44,7 +45,7 @@ def in_parallel(function: Callable, tensors: Sequence[Tensor], bar: tqdm) -> Ite
     `bar` is moved on by each tensor's bytes. hashlib and numpy release Python's lock. After an error nothing new is
     started, and what is running is waited for.
     """
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(8, CORES))
     try:
         for tensor, result in zip(tensors, pool.map(function, tensors), strict=True):
             bar.update(tensor.nbytes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, first_line
 from alpaca.common.files import refuse_lfs_pointer
 
 TYPES = {
@@ -27,7 +27,7 @@ def torch_table(path: Path) -> list[tuple[str, str, tuple[int, ...], int]]:
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises what its zip reader and unpickler come upon
-        reason = str(error).split("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read as a file of weights ({reason}). Fetch it again.") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}. Expected a state dict: names and tensors.")

@@ -210,16 +210,18 @@ def test_rebuild_gives_the_same_bytes_without_a_request(tmp_path, server, option
 @pytest.mark.parametrize("many, at_once", [(1 << 20, 10_000), (0, 2)])
 def test_without_similarity_figures(tmp_path, server, monkeypatch, options, many, at_once):
     """A harvest without figures keeps the same tasks for the same reasons, whether replies are compared one by one or
-    many at once; only the figures are missing."""
+    many at once; only the figures are missing. Figures of many at once are those of the run."""
     monkeypatch.setattr(rouge, "_MANY", many)
     monkeypatch.setattr(harvest, "AT_ONCE", at_once)
     monkeypatch.setattr(harvest, "MAX_SIMILARITY", 0.2)  # so that some tasks are duplicates
     generate(tmp_path / "with", server, 25, **options)
     generate(tmp_path / "without", server, 25, similarity_figures=False, **options)
-    (tmp_path / "rebuilt").mkdir()
-    shutil.copy(tmp_path / "with" / "responses.jsonl", tmp_path / "rebuilt")
-    generate_instruction.rebuild(str(tmp_path / "rebuilt"), similarity_figures=False)
+    for name, figures in (("rebuilt", False), ("rebuilt_with", True)):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "with" / "responses.jsonl", tmp_path / name)
+        generate_instruction.rebuild(str(tmp_path / name), similarity_figures=figures)
     expected, *others = [contents(tmp_path / name) for name in ("with", "without", "rebuilt")]
+    assert contents(tmp_path / "rebuilt_with") == expected
     tasks = json.loads(expected["alpaca_data.json"])
     assert b"similar_to" in expected["rejections.jsonl"]
     for found in others:

@@ -1,5 +1,6 @@
 """rouge.py and pair_search.py: F1 equal to rouge_score's bit for bit, and no pair above a threshold missed."""
 
+import itertools
 import re
 import resource
 import subprocess
@@ -246,19 +247,30 @@ def unpacked(pairs: np.ndarray) -> list[list[int]]:
     return [[pair >> 32, pair & 0xFFFFFFFF] for pair in pairs.tolist()]
 
 
+@pytest.mark.parametrize("neighbours", [0, 3])
 @pytest.mark.parametrize("unicode_dedup", [False, True])
-def test_many_are_added_as_one_by_one(monkeypatch, unicode_dedup):
-    """Guards harvests without similarity figures: the same tasks stay, and the same nearest one is named."""
+def test_many_are_added_as_one_by_one(monkeypatch, unicode_dedup, neighbours):
+    """Guards journals that are read in thousands of replies: the same tasks stay, the same nearest ones are named, and
+    each average is over what was in the pool at its time, in all 64 bits."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice([*"abcdefgh", "中文"], rng.integers(1, 9))) for _ in range(600)]
+    texts[::50] = [" ".join(rng.choice([*"abcdefgh"], 60 + i)) for i in range(12)]  # on both sides of SHORT
+    texts[1::100] = ["", "!", " ", "a", "a", "中文"]
+    monkeypatch.setattr(rouge, "_BLOCK", 64)
     found, pools = [], []
     for many in (1 << 20, 0):
         monkeypatch.setattr(rouge, "_MANY", many)
         index = RougeLIndex(texts[:50], unicode_dedup)
-        found.append([index.add_new(texts[start : start + 200], 0.7) for start in range(50, 600, 200)])
+        added = [index.add_new(texts[start : start + 200], 0.7, neighbours) for start in range(50, 600, 200)]
+        found.append(list(itertools.chain.from_iterable(added)))
         pools.append((index.texts, index.scores("a b c d").tolist()))
     assert found[0] == found[1] and pools[0] == pools[1]
     assert 50 < len(pools[0][0]) < 500
+    new = [(text, compared) for text, compared in zip(texts[50:], found[1], strict=True) if compared.new]
+    for place, (text, compared) in enumerate(new, start=50):
+        before = RougeLIndex(pools[0][0][:place], unicode_dedup)
+        average = before.scores(text).mean() if neighbours else None
+        assert (list(compared.nearest), compared.average) == (before.top(text, neighbours), average)
 
 
 def test_exactly_the_threshold_stays():

@@ -9,7 +9,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.prompt import IGNORE_INDEX, format_prompt
 from alpaca.training import attention
 from alpaca.training import data as training_data
-from alpaca.training.arguments import DataArguments
+from alpaca.training.arguments import TRUNCATIONS, DataArguments
 from alpaca.training.data import PaddedCollator, PaddingFreeCollator, data_report, load_rows, tokenize_dataset
 
 MODELS = ("tiny_llama", "tiny_opt", "tiny_tied")
@@ -180,7 +180,7 @@ def test_special_tokens_spelt_in_a_text_are_text(request, tmp_path, name):
     assert training_data.encode_prompts(tokenizer, [format_prompt(task)]) == [ids[: example["prompt_length"]]]
 
 
-@pytest.mark.parametrize("truncation", training_data.TRUNCATIONS)
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_truncation(tiny_llama, tmp_path, truncation):
     """Long outputs lost EOS without a word, and long prompts left rows without a label: loss 0 or nan."""
     tokenizer = tokenizer_of(tiny_llama)
