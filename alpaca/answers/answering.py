@@ -25,7 +25,7 @@ from alpaca.answers.loading import not_finite
 from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
 from alpaca.common.prompt import format_prompt
-from alpaca.training.data import encode_prompts
+from alpaca.training.data import decode_answer, encode_prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +40,6 @@ class Answer:
 def prompt_ids(tokenizer, task: dict[str, Any]) -> list[int]:
     """Token ids of a task's prompt, as training sees them: with BOS where the tokenizer puts one, never with EOS."""
     return encode_prompts(tokenizer, [format_prompt(task)])[0]
-
-
-def decode_answer(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text that `new` ids add to the `prompt` ids, without special tokens and without blanks at its ends.
-
-    Decoded behind the prompt's last tokens, because SentencePiece drops a blank at the beginning of a text.
-    """
-    tail, options = list(prompt[-8:]), {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return tokenizer.decode(tail + list(new), **options)[len(tokenizer.decode(tail, **options)) :].strip()
 
 
 def room_for_answer(model, prompt: Sequence[int], max_new_tokens: int) -> int:

@@ -18,6 +18,7 @@ from alpaca.answers.answering import Answer, stream_answer
 from alpaca.answers.moderation import Filter, refusal
 from alpaca.answers.sampling import Sampling
 from alpaca.common.errors import UserError
+from alpaca.common.run_record import now
 
 # Seconds between two updates of a growing answer, of one behind a filter, which is asked at each, and of a place in the
 # waiting line.
@@ -221,7 +222,7 @@ def log_run(path: str, run: Run) -> None:
         for column in run.columns
     ]
     row = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "instruction": run.instruction, "input": run.input,
+        "time": now(), "instruction": run.instruction, "input": run.input,
         "settings": dataclasses.asdict(run.sampling),
         "answers": answers,
     }  # fmt: skip

@@ -16,6 +16,10 @@ from alpaca.common.files import jdump, jload
 from alpaca.common.paths import ROOT
 
 
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as stream:
@@ -44,7 +48,7 @@ def run_record(
         "commit": git_commit(),
         "packages": package_versions(),
         "inputs": {str(path): sha256_file(path) for path in inputs if Path(path).is_file()},
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": now(),
         "outcome": "running",
     }
     program = _program(record["command"])
@@ -61,7 +65,7 @@ def run_record(
         record["outcome"] = f"{type(error).__name__}: {error}"
         raise
     finally:
-        record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record["finished"] = now()
         record["seconds"] = round(time.monotonic() - begin, 3)
         jdump(record, target)
 

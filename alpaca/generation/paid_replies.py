@@ -3,13 +3,13 @@
 import asyncio
 import hashlib
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal
+from alpaca.common.run_record import now
 from alpaca.generation.client import ModelClient
 from alpaca.generation.many_requests import RequestFailed, RequestSlots
 from alpaca.generation.prices import Budget
@@ -83,7 +83,7 @@ class PaidReplies:
             "asked": reply.asked,
             "seconds": reply.seconds,
             "prompt_version": self.version,
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "date": now(),
         }
         record |= {"first_token": reply.first_token} if reply.first_token else {}
         await self.journal.append(record)

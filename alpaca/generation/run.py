@@ -2,14 +2,13 @@
 
 import asyncio
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alpaca.common.errors import UserError
 from alpaca.common.journal import Journal, changed_settings
-from alpaca.common.run_record import sha256_file
+from alpaca.common.run_record import now, sha256_file
 from alpaca.common.tasks import load_tasks
 from alpaca.generation.client import ModelClient, Reply
 from alpaca.generation.filters import check_seeds
@@ -89,10 +88,6 @@ def failure_fields(failure: RequestFailed) -> dict[str, Any]:
     """A failed request as the journal keeps it."""
     fields = {"error": f"{failure.kind}: {failure}", "time": now()}
     return fields if failure.sent is None else fields | {"sent": failure.sent}
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 @dataclasses.dataclass

@@ -175,7 +175,7 @@ def modernise(pairs: list[tuple[str, list[str]]], processes: int, notes: list[st
         elif name == "logging_dir":
             notes.append(f"--logging_dir {value} is now the environment variable TENSORBOARD_LOGGING_DIR={value}")
             os.environ["TENSORBOARD_LOGGING_DIR"] = value
-        elif name == "fsdp" and value.lower() not in ("", "true", "false", "1", "0"):
+        elif name == "fsdp" and value.lower() not in ("", *TRUE, *FALSE):
             words = value.split()
             unknown = [word for word in words if word not in FSDP_WORDS]
             if unknown:

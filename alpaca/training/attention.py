@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from alpaca.training.data import PaddingFreeCollator, takes_logits_to_keep
+from alpaca.training.data import PaddingFreeCollator, takes_logits_to_keep, without_adapters
 from alpaca.training.held_out import answer_losses
 from alpaca.training.internals import attention_kernel, hands_arguments_to_attention, supports_flash_attention
 
@@ -134,7 +134,7 @@ def padding_free_collator(model, args, say=print) -> PaddingFreeCollator | None:
     None, and a note, where that attention cannot be had. The mask that transformers would build from restarting
     positions is no way out: not every model hands them to it, and OPT's rows then see each other.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
     kernel = attention_kernel(base) or ""
     flash = kernel.startswith("flash_attention")
     if not flash and kernel != "sdpa":

@@ -147,6 +147,15 @@ def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
+def decode_answer(tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text that `new` ids add to the `prompt` ids, without special tokens and without blanks at its ends.
+
+    Decoded behind the prompt's last tokens, because SentencePiece drops a blank at the beginning of a text.
+    """
+    tail, options = list(prompt[-8:]), {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return tokenizer.decode(tail + list(new), **options)[len(tokenizer.decode(tail, **options)) :].strip()
+
+
 @functools.lru_cache(maxsize=8)
 def text_encoder(tokenizer) -> TextEncoder:
     return TextEncoder(tokenizer)
@@ -452,9 +461,14 @@ class Collator:
         return (self.padding_free or self.padded)(examples)
 
 
+def without_adapters(model):
+    """The model in which peft put adapters; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def takes_logits_to_keep(model) -> bool:
     """Whether `model` can be asked for the logits of chosen positions and a loss on these (see PaddingFreeCollator)."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft hides the signature
+    model = without_adapters(model)  # peft hides the signature
     return "logits_to_keep" in inspect.signature(model.forward).parameters and model.loss_function is ForCausalLMLoss
 
 

@@ -77,6 +77,8 @@ def empty_model(config: Any) -> Any:
 def check_wrap_class(config: Any, fsdp_config: dict[str, Any] | None) -> None:
     """Raises UserError where --fsdp_config names a layer class that the model does not have; lists those it has."""
     wanted = (fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    if not wanted:
+        return
     model = empty_model(config)
     present = {type(module).__name__ for module in model.modules()}
     if unknown := [name for name in wanted if name not in present]:

@@ -17,7 +17,7 @@ from alpaca.common.journal import read_records
 from alpaca.common.prompt import format_prompt
 from alpaca.common.tasks import load_tasks
 from alpaca.training.arguments import named_paths
-from alpaca.training.data import encode_prompts
+from alpaca.training.data import decode_answer, encode_prompts
 
 MAX_NEW_TOKENS = 64
 
@@ -95,9 +95,8 @@ class SampleAnswers(TrainerCallback):
                 )[0].tolist()  # fmt: skip
         finally:
             model.train(trained)
-        # Decoded behind the prompt's last tokens, because SentencePiece drops a blank at the beginning of a text.
-        before, behind = (self.tokenizer.decode(t, skip_special_tokens=True) for t in (ids[-8:], whole[len(ids) - 8 :]))
-        return {"answer": behind[len(before) :].strip(), "ended": whole[-1] == self.tokenizer.eos_token_id}
+        answer = decode_answer(self.tokenizer, ids, whole[len(ids) :])
+        return {"answer": answer, "ended": whole[-1] == self.tokenizer.eos_token_id}
 
 
 def as_line(row: dict[str, Any]) -> str:

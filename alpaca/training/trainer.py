@@ -19,7 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoint
 from alpaca.training.attention import padding_free_collator, rows_stay_apart
-from alpaca.training.data import Collator, PaddedCollator
+from alpaca.training.data import Collator, PaddedCollator, without_adapters
 from alpaca.training.held_out import fused_loss_error, loss_on_dataset
 from alpaca.training.internals import decoder_layers, prepare_buffers_apart, stop_at_last_step
 from alpaca.training.report import ReportCallback
@@ -118,7 +118,7 @@ class SupervisedTrainer(Trainer):
         if not isinstance(router_loss, torch.Tensor):
             return 0.0
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = without_adapters(model)
         holders = (model, model.config, model.config.get_text_config())
         names = ("router_aux_loss_coef", "aux_loss_coef")
         coefficient = next((getattr(h, n) for h in holders for n in names if getattr(h, n, None) is not None), 0.0)
@@ -236,7 +236,7 @@ class ProveFusedLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
-        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        base = without_adapters(trainer.model)
         if "skip_logits" not in inspect.signature(base.forward).parameters:  # Liger does not know the model
             return
         batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(2, len(trainer.train_dataset)))])

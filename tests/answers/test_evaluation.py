@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from fake_openai import FakeOpenAI
 
+import evaluation
 from alpaca.answers import judge, pairs, report_page, win_rate
 from alpaca.answers.held_out_loss import held_out_loss, rouge_l
 from alpaca.answers.loading import load_model
@@ -101,6 +102,13 @@ def test_both_orders_ties_failures_and_the_cache(two_files, run_script, tmp_path
     assert summary["failures"] == 1 and summary["failure_reasons"] == {"no verdict in the reply": 1}
     assert (summary["replies_asked"], summary["replies_from_cache"], summary["cost_usd"]) == (0, 10, 0)
     assert summary["cost_usd_of_cached"] > 0 and "cost $0.0" in done.stdout
+    # The prices that were typed count for what is spent too, also where the table knows the judge.
+    known = evaluation.DEFAULT_MODEL
+    with FakeOpenAI(reply="A") as server:
+        judged = {"output_dir": str(tmp_path / "known"), "model": known, "base_url": server.base_url, "limit": 1}
+        first, second = (str(two_files[place]) for place in (1, 3))
+        evaluation.judge(first, second, price_input=1e6, price_output=1e6, **judged)
+    assert json.loads((tmp_path / "known" / "judge.json").read_text())["cost_usd"] > 100
     assert summary["orders"]["first_place_both_times"] == 1
     for entry in asked:  # blind, each answer once in each place
         assert "model" not in json.dumps(entry["body"]["messages"])
@@ -147,7 +155,7 @@ def test_soft_judging_cancels_a_leaning_to_a_place(api, two_files, run_script, t
         flags[flags.index(tmp_path / "judged")] = tmp_path / "silent"
         silent = run_script("evaluation.py", "judge", *flags, "--soft", "True", status=2)
         assert "no log-probabilities" in silent.stderr and "leave out --soft" in silent.stderr
-        server.reply = reply  # the server is mended: what it kept back is asked for again
+        # A server that keeps some odds back, and is then mended: those are asked for again.
         server.reply = lambda body: "A" if shown_answers(body) == ("good", "bad") else reply(body)
         first = run_script("evaluation.py", "judge", *flags, "--soft", "True", "--max_concurrency", "1", status=None)
         server.reply = reply
@@ -431,22 +439,20 @@ def test_rouge_l_is_rouge_scores():
         assert rouge_l(text, reference) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure, abs=1e-12)
 
 
-def test_loss_command_compares_two_models(tiny_opt, tiny_tied, run_script, tmp_path):
+def test_loss_command_compares_two_models(tiny_opt, tiny_tied, capsys, tmp_path):
     """Base and tuned model side by side, in a table and in loss.json."""
     data = tiny_models.write_tasks(tmp_path / "tasks.json", 6)
-    done = run_script(
-        "evaluation.py", "loss", "--base", tiny_opt, "--model_name_or_path", tiny_tied, "--data_path", data,
-        "--output_dir", tmp_path / "out", "--rouge_tasks", "3", "--max_new_tokens", "6",
-    )  # fmt: skip
+    evaluation.loss(
+        str(tiny_tied), str(data), base=str(tiny_opt), output_dir=str(tmp_path / "out"), rouge_tasks=3, max_new_tokens=6
+    )
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert set(results) == {"base", "tuned"} and results["base"]["rows"] == 6 and results["base"]["rouge_tasks"] == 3
-    assert f"{results['tuned']['loss']:.4f}" in done.stdout and "perplexity" in done.stdout
+    assert f"{results['tuned']['loss']:.4f}" in printed and "perplexity" in printed
 
 
 def test_a_prompt_too_long_for_rouge_is_said_before_the_loss(tiny_opt, monkeypatch, tmp_path):
     """It ended the command after the loss of all rows, which was lost; and --rouge_tasks -1 took all but the last."""
-    import evaluation
-
     tasks = [*tiny_models.make_tasks(2), {"instruction": "Count.", "input": "zebra " * 600, "output": "600"}]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))
     monkeypatch.setattr("alpaca.answers.held_out_loss.held_out_loss", lambda *_: pytest.fail("the loss came first"))

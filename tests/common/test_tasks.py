@@ -1,6 +1,8 @@
 """Instruction data as people have it: encodings, CSV, Parquet, broken files."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -46,6 +48,27 @@ def test_folders_that_cannot_be_renamed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"disk is a mounted disk"), atomic_dir(tmp_path / "disk"):
         pass
     assert (tmp_path / "place/a").read_text() == "new"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is a file, and a folder"), atomic_dir(tmp_path / "file", True):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    """It stayed under a hidden name, and its own name was gone."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("old")
+    rename = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".partial"):
+            raise PermissionError(errno.EACCES, "no", str(target))
+        rename(source, target)
+
+    monkeypatch.setattr("alpaca.common.files.os.replace", refuse)
+    with pytest.raises(PermissionError), atomic_dir(tmp_path / "out", True) as folder:
+        (folder / "a").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out/a").read_text() == "old"
 
 
 def test_csv_and_parquet(tmp_path):

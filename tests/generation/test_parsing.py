@@ -538,20 +538,13 @@ def test_no_text_breaks_the_parser(text, cut, outputs):
 
 def test_long_runs_of_signs_are_read_in_linear_time():
     """A pattern that backtracks would take hours on these."""
-    for run in (
-        "-" * 50_000,
-        "#" * 50_000,
-        "* " * 25_000,
-        "1" * 50_000,
-        "\n" * 50_000,
-        "4. " * 20_000,
-        "{" * 20_000 + '"instruction"',
-    ):
+    for run in ("-" * 500_000, "#" * 500_000, "* " * 250_000, "1" * 500_000, "\n" * 500_000, "4. " * 200_000,
+                "{" * 200_000 + '"instruction"'):  # fmt: skip
         parse_reply(f"Do it now.\n4. Output:\n{run}x\n{run}", 4)
 
 
-def test_no_swallowed_task_in_any_mix_of_styles():
-    """Every header style followed by every other style and separator: no output holds the next task."""
+def test_no_swallowed_task_in_any_style():
+    """Every header style with every separator: no output holds the next task."""
     for one in HEADERS:
         for separator in SEPARATORS:
             text = write_reply(one, separator)

@@ -1,5 +1,6 @@
 """Seals, resuming, rotation, disk space, and the check of a written model."""
 
+import multiprocessing
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,8 @@ def test_a_finished_result_is_no_checkpoint(tmp_path):
     checkpoint.seal(tmp_path, kind="model")
     with pytest.raises(UserError, match="without an optimizer's state"):
         checkpoint.checkpoint_to_resume(str(tmp_path), tmp_path)
+    with pytest.raises(UserError, match="has no checksums.json"):  # a file in place of its folder was a traceback
+        checkpoint.checkpoint_to_resume(str(tmp_path / "model.safetensors"), tmp_path)
 
 
 def test_verify_command(tmp_path, run_script):
@@ -235,21 +238,18 @@ def wait_longer_than_the_group_does(rank, folder, fails):
     (Path(folder) / f"{rank}.txt").write_text(f"{said} {(Path(folder) / 'written').exists()}")
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_others_wait_for_the_first_process_without_a_timeout(tmp_path, fails):
+def test_others_wait_for_the_first_process_without_a_timeout(tmp_path):
     """Guards: while rank 0 wrote and checked a large model, the others' barrier gave up after 1,800 s."""
-    import multiprocessing
-
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=wait_longer_than_the_group_does, args=(rank, str(tmp_path), fails)) for rank in (0, 1)
-    ]
+    ranks = []
+    for fails in (False, True):
+        (tmp_path / str(fails)).mkdir()
+        job = [str(tmp_path / str(fails)), fails]
+        ranks += [context.Process(target=wait_longer_than_the_group_does, args=(rank, *job)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(120)
-    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
-    if fails:
-        assert said == ["disk full False", "the first process failed; its message says why False"]
-    else:
-        assert said == ["done True", "done True"]
+    done, failed = ([(tmp_path / f"{fails}/{rank}.txt").read_text() for rank in (0, 1)] for fails in (False, True))
+    assert done == ["done True", "done True"]
+    assert failed == ["disk full False", "the first process failed; its message says why False"]

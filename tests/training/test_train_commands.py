@@ -27,13 +27,12 @@ torchrun --nproc_per_node=4 --master_port={port} train.py --model_name_or_path {
   --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1 {sharding} --tf32 True
 """  # noqa: E501
 LLAMA = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'"""
-OPT = """--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'"""
-OFFLOAD = """--fsdp "full_shard auto_wrap offload" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'"""
+OPT_OFFLOAD = """--fsdp "full_shard auto_wrap offload" --fsdp_transformer_layer_cls_to_wrap 'OPTDecoderLayer'"""
 ZERO3 = """--deepspeed "./configs/default_offload_opt_param.json\""""
 
 
-def typed(sharding, model, folder) -> list[str]:
-    data = tiny_models.write_tasks(folder / "alpaca_data.json", 150)
+def typed(sharding, model, folder, rows=150) -> list[str]:
+    data = tiny_models.write_tasks(folder / "alpaca_data.json", rows)
     text = COMMAND.format(port=free_port(), model=model, data=data, out=folder / "out", sharding=sharding)
     return shlex.split(text)
 
@@ -47,29 +46,30 @@ def check_result(output: str, out: Path, vocabulary: int) -> None:
         "--tf32 True needs an NVIDIA GPU",
     ):
         assert f"note: {line}" in output
-    assert len(train_runs.losses(out)) == 6  # 150 rows in batches of 128, three times
+    assert len(train_runs.losses(out)) == 6  # two batches, three times
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == vocabulary
     assert "each of 4 processes holds" in output and (out / "checkpoint-6/checksums.json").is_file()
 
 
-@pytest.mark.parametrize("name, sharding", [("llama", LLAMA), ("opt", OPT)])
-def test_command_of_2023_under_torchrun(name, sharding, tiny_llama, tiny_opt, tmp_path):
+def test_command_of_2023_under_torchrun(tiny_llama, tmp_path):
     """Guards: current parsers reject the flags of 2023, and its users' scripts still have them."""
-    words = typed(sharding, {"llama": tiny_llama, "opt": tiny_opt}[name], tmp_path)
+    words = typed(LLAMA, tiny_llama, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    # 801: the original's [PAD] row. 520: OPT's spare rows stay (the original cut them off).
-    check_result(done.stdout, tmp_path / "out", {"llama": 801, "opt": 520}[name])
+    check_result(done.stdout, tmp_path / "out", 801)  # the original's [PAD] row
 
 
-@pytest.mark.parametrize("sharding", [OFFLOAD, ZERO3], ids=["offload", "deepspeed"])
-def test_other_commands_of_2023(sharding, tiny_llama, tmp_path, monkeypatch):
-    """Guards: CPU offload, and the DeepSpeed file, which overrode the schedule and left saves without weights."""
-    words = typed(sharding, tiny_llama, tmp_path)
+@pytest.mark.parametrize("sharding", [OPT_OFFLOAD, ZERO3], ids=["opt_offload", "deepspeed"])
+def test_other_commands_of_2023(sharding, tiny_llama, tiny_opt, tmp_path, monkeypatch):
+    """Guards: OPT's spare rows, which the original cut off; the DeepSpeed file, which overrode the schedule and left
+    saves without weights."""
+    words = typed(sharding, tiny_llama if sharding is ZERO3 else tiny_opt, tmp_path, rows=40)
+    words += ["--gradient_accumulation_steps", "2"]  # in place of 8, which shows no more
     monkeypatch.chdir(ROOT)
     run = train_runs.launch(words[words.index("train.py") + 1 :], tmp_path / "log", processes=4).ok()
-    check_result(run.output, tmp_path / "out", 801)
+    check_result(run.output, tmp_path / "out", 801 if sharding is ZERO3 else 520)
+    assert ("FSDP's offload is left out" in run.output) == (sharding is OPT_OFFLOAD)  # here; on GPUs it is done
     rates = [json.loads(line) for line in (tmp_path / "out/train_log.jsonl").read_text().splitlines()]
     assert [line["learning_rate"] for line in rates if "loss" in line][-1] < 2e-6  # a cosine's end
 
@@ -278,6 +278,36 @@ def test_old_spellings_after_a_run_file_override_it():
 def test_fsdp_without_a_value():
     """Guards: a bare --fsdp was dropped without a word, and an empty one did not switch a run file's off."""
     assert modern("--fsdp")[0]["fsdp"] == ["True"] and modern("--fsdp", "")[0]["fsdp"] == ["False"]
+
+
+@pytest.mark.parametrize("off", ["False", "", "no"])
+def test_deepspeed_in_place_of_a_run_files_fsdp(off, tmp_path, monkeypatch):
+    """Guards: --fsdp False after a run file's True was a text, and so true, beside --deepspeed."""
+    monkeypatch.chdir(ROOT)
+    words = ["configs/llama_7b.yaml", "--fsdp", off, "--deepspeed", "configs/default_offload_opt_param.json"]
+    problems = []
+    pairs = arguments.modernise(arguments.argv_pairs(words), 4, [], problems)
+    parsed = arguments.parse(pairs, problems)
+    parsed[2]["output_dir"] = str(tmp_path / "out")
+    assert not [text for text in problems + checks.check(*parsed) if "fsdp" in text]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--truncation", "Drop"),
+        ("--per_device_eval_batch_size", "0"),
+        ("--fsdp_min_num_params", "1e8"),
+    ],
+)
+def test_values_that_nothing_checked(flags, tmp_path, tiny_llama, run_script):
+    """Guards: a misspelt --truncation trained as "cut"; the others were tracebacks, one after the model was loaded."""
+    data = tiny_models.write_tasks(tmp_path / "data.json", 3)
+    done = run_script(
+        "train.py", "--model_name_or_path", tiny_llama, "--data_path", data, "--output_dir", tmp_path / "out", *flags,
+        status=2,
+    )  # fmt: skip
+    assert " ".join(flags) in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_process_needs_no_sharding():

@@ -3,8 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -98,12 +98,15 @@ def test_sum_of_another_model_is_printed(tmp_path, capsys):
     assert abs(float(line.split()[4]) - (float(tuned["sum"]) - buffers)) < 1e-3
 
 
-def test_alpaca_7b_is_recognised():
-    """The published figure belongs to 32 layers of 4,096 and 32,001 rows."""
-    assert checks.PUBLISHED_SUMS == {(4096, 32, 32001): 50637.1836}
-    width = 4096 // 32
-    buffer = (1.0 / 10000 ** (np.arange(0, width, 2) / width)).sum()
-    assert abs(buffer - 7.46) < 0.01
+def test_alpaca_7b_is_recognised(tmp_path, capsys):
+    """The published figure belongs to 32 layers of 4,096 and 32,001 rows, and counts a buffer of 7.46 a layer."""
+    config = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32001}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 32}))
+    diff = SimpleNamespace(folder=tmp_path, tensors={"lm_head.weight": None})
+    checks.check_sum({"lm_head.weight": {"sum": 50637.1836 - 32 * 7.46}}, diff)
+    assert "published: 50637.1836" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the published one 50637.1836"):
+        checks.check_sum({"lm_head.weight": {"sum": 50637.1836}}, diff)
 
 
 def test_base_with_inv_freq_counts_its_own(tmp_path, monkeypatch):
@@ -115,6 +118,8 @@ def test_base_with_inv_freq_counts_its_own(tmp_path, monkeypatch):
     old = save(tmp_path / "old_base", state, file="pytorch_model.bin")
     monkeypatch.setitem(checks.PUBLISHED_SUMS, (64, 2, len(tuned["lm_head.weight"])), float(tuned["sum"]))
     weight_diff.recover(old, diff, tmp_path / "out")
+    names = [name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)]
+    assert sum(name.endswith("inv_freq") for name in names) == 2
 
 
 def test_the_originals_recover_reads_our_diff(tmp_path):
