@@ -1,6 +1,6 @@
 # make quickstart   the whole recipe on an embedded model, no GPU and no key
 # make test         the tests                       make lint    ruff
-# make bench        every benchmark, one table      make demo    the web demo on the quickstart's model
+# make bench        benchmarks, one table            make demo    the web demo on the quickstart's model
 # make lock         requirements.lock again: every package with its version, those that others need included
 # make data         alpaca_data.json again from its sources, and the answers that can be executed or recomputed
 #

@@ -164,8 +164,8 @@ def judge(
         reasoning_effort: For reasoning models.
         max_concurrency: Requests under way at once.
         max_cost_usd: Stops asking when new replies have cost this much.
-        price_input: USD per million tokens, where configs/prices.json does not list the judge.
-        price_output: USD per million tokens.
+        price_input: US dollars per million tokens of prompt; default configs/prices.json.
+        price_output: US dollars per million tokens of reply.
         overwrite: Replace the verdicts of an earlier run in output_dir.
     """
     output = Path(output_dir)

@@ -92,7 +92,7 @@ def train(argv: list[str] | None = None) -> None:
             if note:
                 say(note)
     config = load_config(model_args.model_name_or_path, args.cache_dir)
-    check_wrap_class(config, args.fsdp_config)
+    check_wrap_class(config, args.fsdp_config if args.fsdp else None)
     tokenizer = load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
 
     # ---- data --------------------------------------------------------------------------------------------------------

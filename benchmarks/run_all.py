@@ -1,4 +1,4 @@
-"""Every benchmark in one run: one dated table, its summary beside the plain way, and two plots.
+"""The main benchmarks in one run: one dated table, its summary beside the plain way, and two plots.
 
     make bench                                       # under 30 minutes on two quiet CPU cores, quickstart included
     python benchmarks/run_all.py --quickstart False --scale 0.01      # every step at a hundredth of its size: minutes

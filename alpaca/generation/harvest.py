@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -149,16 +149,14 @@ class Harvest:
         reply = self._replies[request]
         if "text" not in reply:  # a failed request
             return []
-        candidates = read_candidates(reply, self.settings.answer_separately, self.settings.unicode_dedup)
-        if reply["text"].strip() and all(candidate.unreadable for candidate in candidates):
-            self.unreadable.append(reply)
-        return candidates
+        return read_candidates(reply, self.settings.answer_separately, self.settings.unicode_dedup)
 
-    def _compare(self, candidates: Iterable[Candidate]) -> None:
+    def _compare(self, candidates: Iterable[Candidate], done: Callable[[int], object] = lambda tasks: None) -> None:
         """Marks those that resemble an instruction of the pool or one before them, and adds the others to the pool."""
         candidates = [candidate for candidate in candidates if not candidate.reason]
         neighbours = MOST_SIMILAR if self.settings.similarity_figures else 0
-        found = self.index.add_new([candidate.instruction for candidate in candidates], MAX_SIMILARITY, neighbours)
+        texts = [candidate.instruction for candidate in candidates]
+        found = self.index.add_new(texts, MAX_SIMILARITY, neighbours, done)
         for candidate, compared in zip(candidates, found, strict=True):
             candidate.nearest, candidate.average = compared.nearest, compared.average
             if not compared.new:
@@ -166,7 +164,10 @@ class Harvest:
 
     def take(self, candidates: list[Candidate]) -> None:
         """Puts the tasks that compare_next read behind those that wait to be decided."""
-        self._undecided.append((self._replies.pop(self.next_request), candidates))
+        reply = self._replies.pop(self.next_request)
+        if reply.get("text", "").strip() and all(candidate.unreadable for candidate in candidates):
+            self.unreadable.append(reply)
+        self._undecided.append((reply, candidates))
 
     def needs_answer(self, candidate: Candidate) -> bool:
         """Whether a task waits for its separately asked answer."""
@@ -219,7 +220,7 @@ class Harvest:
         requests = iter(sorted(self._replies))
         with tqdm(total=self.target, initial=len(self.tasks), unit="task", delay=60, desc="read") as bar:
             while not self.full and (read := self._read_replies(requests)):
-                self._compare(candidate for candidates in read.values() for candidate in candidates)
+                self._compare(itertools.chain.from_iterable(read.values()), bar.update)
                 for index, candidates in read.items():
                     skipped = self.settings.shard.position(index) - len(self.kept_after)
                     self.kept_after.extend([len(self.tasks)] * skipped)
@@ -228,7 +229,7 @@ class Harvest:
                         pass
                     if self.full:
                         break
-                bar.update(len(self.tasks) - bar.n)
+                bar.update(len(self.tasks) - bar.n)  # less the figures of surplus tasks
         return self
 
     def _read_replies(self, requests: Iterator[int]) -> dict[int, list[Candidate]]:

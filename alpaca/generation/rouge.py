@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -107,20 +107,18 @@ def number_tokens(texts: Iterable[str], unicode_dedup: bool = False) -> TokenNum
 # ----------------------------------------------------------------------------------------------------------------------
 # One candidate against a pool.
 
-_BLOCK = 1 << 17  # instructions scored together
+_BLOCK = 1 << 17  # instructions scored together: in fewer, the threads wait for Python's lock more than they work
 _FRESH = 1024  # newcomers that rapidfuzz scores until they are sorted into a block
-_ALONE = 1 << 17  # instructions up to which one core is faster than several
 _MANY = 1000  # texts from which on one search is faster than scoring each
 _TOGETHER = 64  # texts whose figures one thread computes before it takes the next ones
 
 
 class Compared(NamedTuple):
-    """A text beside the pool that it met: whether it was new and so added; the most similar instructions with their F1,
-    best first; the mean F1 with all: 0.0 for an empty pool, None for a text that was not added or without figures."""
+    """A text beside the pool that it met."""
 
-    new: bool
-    nearest: Sequence[tuple[str, float]]
-    average: float | None
+    new: bool  # and so added
+    nearest: Sequence[tuple[str, float]]  # the most similar instructions with their F1, best first
+    average: float | None  # F1 with all, 0.0 for an empty pool; None without figures and for a text that is not added
 
 
 class RougeLIndex:
@@ -164,11 +162,18 @@ class RougeLIndex:
         if len(self) > self._in_blocks:
             self._fill_block()
 
-    def add_new(self, texts: Sequence[str], threshold: float, neighbours: int = 0) -> list[Compared]:
+    def add_new(
+        self,
+        texts: Sequence[str],
+        threshold: float,
+        neighbours: int = 0,
+        done: Callable[[int], object] = lambda texts: None,
+    ) -> list[Compared]:
         """Adds each of `texts`, in order, unless its F1 with an instruction of the pool is above `threshold`.
 
         neighbours: how many the result names of a text that is added, beside its average; 0 gives neither. A text that
-        is not added has the most similar instruction alone. Many texts are compared in one search, not one by one.
+        is not added has the most similar instruction alone. Many texts are compared in one search, not one by one;
+        `done` is called with 1 for each whose figures are there.
         """
         if len(texts) < _MANY:
             return [self._add_if_new(text, threshold, neighbours) for text in texts]
@@ -190,6 +195,7 @@ class RougeLIndex:
             )
             for row, compared in zip(kept, figures, strict=True):
                 result[row - pool] = compared
+                done(1)
         return result
 
     def _add_if_new(self, text: str, threshold: float, neighbours: int) -> Compared:
@@ -220,7 +226,7 @@ class RougeLIndex:
             self._score_with_rapidfuzz(numbers, range(len(self)), result)
         elif numbers:
             candidate = self._candidate(numbers)
-            workers = CORES if len(self) > _ALONE else 1
+            workers = min(CORES, len(self._blocks))
 
             def score(worker: int) -> None:
                 for block in self._blocks[worker::workers]:

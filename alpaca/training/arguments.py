@@ -66,7 +66,7 @@ class DataArguments:
     eval_data_path: str | None = flag(None, "Rows for the held-out loss, in the same formats.")
     val_size: float = flag(0.0, "Rows kept out of data_path for the held-out loss: a count, or below 1 a share.")
     sample_tasks: str | None = flag(
-        None, "Tasks that the model answers at each evaluation and at the end, in the log, the tracker and the report."
+        None, "Files of tasks that the model answers at each evaluation and at the end, in log, tracker and report."
     )
     max_train_samples: int | None = flag(None, "Trains on the first so many rows only.")
     truncation: str = flag(

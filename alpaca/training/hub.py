@@ -8,7 +8,7 @@ token or name costs no training, and the sealed result is uploaded once, at the 
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
+import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -37,7 +37,7 @@ class HubRepository:
             self.repo_id = self.api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
             if self.revision:
                 self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, httpx2.HTTPError, OSError) as error:
             reason = first_line(error).rstrip(".")
             raise UserError(
                 f"--push_to_hub: no repository {name} at {self.api.endpoint}: {reason}. Log in with `hf auth login`, "
@@ -58,7 +58,7 @@ class HubRepository:
                 ignore_patterns=list(NOT_PUSHED),
                 revision=self.revision,
             )
-        except (HfHubHTTPError, httpx.HTTPError, OSError, RuntimeError) as error:
+        except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
             reason = first_line(error.__cause__ or error).rstrip(".")  # an upload's thread has its own cause
             excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
             raise UserError(

@@ -439,16 +439,16 @@ def test_rouge_l_is_rouge_scores():
         assert rouge_l(text, reference) == pytest.approx(scorer.score(reference, text)["rougeL"].fmeasure, abs=1e-12)
 
 
-def test_loss_command_compares_two_models(tiny_opt, tiny_tied, capsys, tmp_path):
+def test_loss_command_compares_two_models(tiny_opt, tiny_tied, run_script, tmp_path):
     """Base and tuned model side by side, in a table and in loss.json."""
     data = tiny_models.write_tasks(tmp_path / "tasks.json", 6)
-    evaluation.loss(
-        str(tiny_tied), str(data), base=str(tiny_opt), output_dir=str(tmp_path / "out"), rouge_tasks=3, max_new_tokens=6
-    )
-    printed = capsys.readouterr().out
+    done = run_script(
+        "evaluation.py", "loss", "--base", tiny_opt, "--model_name_or_path", tiny_tied, "--data_path", data,
+        "--output_dir", tmp_path / "out", "--rouge_tasks", "3", "--max_new_tokens", "6",
+    )  # fmt: skip
     results = json.loads((tmp_path / "out" / "loss.json").read_text())
     assert set(results) == {"base", "tuned"} and results["base"]["rows"] == 6 and results["base"]["rouge_tasks"] == 3
-    assert f"{results['tuned']['loss']:.4f}" in printed and "perplexity" in printed
+    assert f"{results['tuned']['loss']:.4f}" in done.stdout and "perplexity" in done.stdout
 
 
 def test_a_prompt_too_long_for_rouge_is_said_before_the_loss(tiny_opt, monkeypatch, tmp_path):

@@ -214,7 +214,6 @@ def test_mistakes_are_named_before_anything_is_loaded(tiny_opt, run_script):
 
 def test_serve_asks_for_a_merge_where_there_is_something_to_merge(tiny_tied, tmp_path, monkeypatch):
     """A name on the hub was called no full checkpoint."""
-    import inference
 
     served = []
     monkeypatch.setattr("alpaca.answers.openai_server.serve_with_transformers", lambda path, *_: served.append(path))

@@ -82,12 +82,12 @@ def test_lengths_around_machine_words(length):
         assert index.scores(text).tolist() == reference_scores(text, pool)
 
 
-@pytest.mark.parametrize("block, fresh, alone, code_points", [(64, 16, 0, 20), (512, 100, 1 << 20, 1 << 20)])
-def test_pool_grows_over_many_blocks(monkeypatch, block, fresh, alone, code_points):
+@pytest.mark.parametrize("block, fresh, cores, code_points", [(64, 16, 3, 20), (512, 100, 1, 1 << 20)])
+def test_pool_grows_over_many_blocks(monkeypatch, block, fresh, cores, code_points):
     """Guards newcomers, the filling of blocks, several threads, and tokens that are no code points: nothing lost."""
     monkeypatch.setattr(rouge, "_BLOCK", block)
     monkeypatch.setattr(rouge, "_FRESH", fresh)
-    monkeypatch.setattr(rouge, "_ALONE", alone)
+    monkeypatch.setattr(rouge, "CORES", cores)
     monkeypatch.setattr(rouge, "CODE_POINTS", code_points)
     rng = np.random.default_rng(0)
     texts = [" ".join(f"w{i}" for i in rng.integers(50, size=rng.integers(1, 12))) for _ in range(1500)]

@@ -14,8 +14,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import architectures  # noqa: E402
 
-# One of each kind: fused projections, mixture of experts, position biases, short windows.
-IN_CI = ["gpt_bigcode", "qwen3_moe", "falcon_alibi", "gemma3_short_window"]
+# One of each kind: fused projections, mixture of experts, position biases, states across tokens, short windows.
+IN_CI = ["gpt_bigcode", "qwen3_moe", "falcon_alibi", "qwen3_next", "gemma3_short_window"]
 
 
 @pytest.mark.parametrize("name", IN_CI)
@@ -24,7 +24,7 @@ def test_trains_saves_and_opens_again(name, tmp_path):
     found = architectures.try_architecture(name, tmp_path)
     assert not found["failed"]
     assert found["padding_free"] == pytest.approx(found["padded"], abs=1e-4)
-    assert found["pads"] == (name == "falcon_alibi")
+    assert found["pads"] == (name in ("falcon_alibi", "qwen3_next"))
     assert found["padding_free_logits"] < 1e-3 and found["lora_logits"] < 1e-3
 
 

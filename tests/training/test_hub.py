@@ -24,9 +24,9 @@ def push(hub, tiny_llama, tmp_path, run_script):
     """push("--flag", value, ..., token=, status=) -> CompletedProcess of one step with a checkpoint, then the push."""
     data = tiny_models.write_tasks(tmp_path / "data.json", 4)
 
-    def run(*more, token=FakeHub.token, status=0):
+    def run(*more, token=FakeHub.token, status=0, url=hub.url):
         environment = {
-            "HF_ENDPOINT": hub.url,
+            "HF_ENDPOINT": url,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "hf"),
@@ -61,6 +61,13 @@ def test_a_wrong_token_costs_no_training(push, hub, tmp_path):
     """Guards: a login that has run out, found after days of training."""
     done = push(token="hf_wrong", status=2)
     assert "--push_to_hub: no repository tuned" in done.stderr and "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "tuned" / "model.safetensors").exists()
+
+
+def test_a_hub_that_is_not_there_costs_no_training(push, tmp_path):
+    """Guards: the Hub's client raises httpx2's errors; httpx's were caught, and no connection was a traceback."""
+    done = push(status=2, url="http://127.0.0.1:9")
+    assert "--push_to_hub: no repository tuned at http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "tuned" / "model.safetensors").exists()
 
 
