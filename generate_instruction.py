@@ -132,7 +132,7 @@ def generate_instruction_following_data(
             of the tasks and of the budget; `rebuild --shards` joins the folders. Default: torchrun's RANK and
             WORLD_SIZE, or a Slurm array's variables, else 0/1.
         similarity_figures: the most similar instructions and the mean similarity of each task in regen.json; False
-            leaves them out, which harvests a million tasks in minutes instead of an hour.
+            leaves them out, which harvests a million tasks in two minutes instead of an hour.
 
     Raises:
         UserError: wrong settings, or a model that cannot be asked; what was answered is kept.

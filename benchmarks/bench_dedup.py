@@ -97,7 +97,7 @@ def bench(
     Args:
         data_path: a data set; its instructions are the pool, and what made-up ones are built from.
         sizes: rows of made-up files to deduplicate, comma-separated.
-        harvests: tasks to keep of made-up replies, comma-separated; with figures 1000000 take an hour or two.
+        harvests: tasks to keep of made-up replies, comma-separated; with figures 1000000 take more than an hour.
         commands: which commands run over the made-up files.
         similarity_figures: which kinds of harvests are measured.
         candidates: how many candidates RougeLIndex and rapidfuzz score.
