@@ -115,7 +115,7 @@ def check(model: dict[str, Any], data: dict[str, Any], run: dict[str, Any]) -> l
             problem(f"--{name} {value}: expected one of {', '.join(DTYPES)}")
     if model["merge_lora"] and not (model["lora_r"] or model["qlora"]):
         problem("--merge_lora True needs adapters: add --lora_r 8")
-    fsdp = bool(run["fsdp"]) and is_true([str(run["fsdp"])])  # a text: a run file's True that a typed False overrides
+    fsdp = is_true([str(run["fsdp"])])  # a text: a run file's True that a typed False overrides
     if model["qlora"]:
         if not is_installed("bitsandbytes"):
             problem("--qlora needs bitsandbytes (and an NVIDIA GPU): pip install bitsandbytes")
